@@ -1,0 +1,80 @@
+//! The one door to persistent storage. Everything the store and the overlay keep passes [`Disk`] (one file or
+//! device) and [`Folder`] (a tree of files), so that a simulated folder can cut the power at every operation.
+
+use std::fmt::Debug;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// One file, or one block device, addressed by byte offset. All methods may be called from several threads.
+pub trait Disk: Send + Sync + Debug {
+    /// Fills `buf` from `offset`. Bytes past the end are an [`io::ErrorKind::UnexpectedEof`] error.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Writes all of `data` at `offset`, extending the file if needed. Durable only after [`Disk::sync`].
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Makes every completed write, punch and length change durable. An error means that nothing is known about
+    /// what reached the disk; the caller poisons itself and never calls `sync` again.
+    fn sync(&self) -> io::Result<()>;
+
+    /// The length in bytes.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Cuts or extends (with a hole) to `len` bytes.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// Gives back the space of `length` bytes at `offset`, which read as zeroes afterwards. Where the file system
+    /// cannot punch holes, zeroes are written.
+    fn punch(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Whether the length is zero.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+}
+
+/// A name and length, as [`Folder::list`] returns them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Path relative to the folder's root.
+    pub path: PathBuf,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// A directory tree of files. All paths are relative to its root and never contain `..`.
+///
+/// A created, renamed or removed name is durable only after [`Folder::sync_dir`] of its directory.
+pub trait Folder: Send + Sync + Debug {
+    /// Creates a file that must not exist yet, readable and writable.
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn Disk>>;
+
+    /// Opens an existing file for reading and writing, and locks it against a second opener for as long as the
+    /// returned disk lives ([`io::ErrorKind::ResourceBusy`] when somebody else holds it).
+    fn open_exclusive(&self, path: &Path) -> io::Result<Arc<dyn Disk>>;
+
+    /// Opens an existing file for reading.
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn Disk>>;
+
+    /// Renames within the tree; an existing destination is replaced.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a file.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// The regular files directly in `dir`, in no particular order; an absent directory is an empty list.
+    fn list(&self, dir: &Path) -> io::Result<Vec<Entry>>;
+
+    /// The directories directly in `dir`.
+    fn list_dirs(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
+
+    /// Creates `dir` and its parents; existing ones are fine.
+    fn create_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// Makes the names in `dir` durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// The real path of a file, where there is one to map or to name in a message.
+    fn real_path(&self, path: &Path) -> Option<PathBuf>;
+}

@@ -1,0 +1,3 @@
+//! NBD protocol.
+
+pub mod export;
