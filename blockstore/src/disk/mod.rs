@@ -1,6 +1,12 @@
 //! The one door to persistent storage. Everything the store and the overlay keep passes [`Disk`] (one file or
 //! device) and [`Folder`] (a tree of files), so that a simulated folder can cut the power at every operation.
 
+#[cfg(test)]
+pub(crate) mod conformance;
+mod local;
+
+pub use local::{LocalDisk, LocalFolder};
+
 use std::fmt::Debug;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -69,7 +75,7 @@ pub trait Folder: Send + Sync + Debug {
     /// The directories directly in `dir`.
     fn list_dirs(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
 
-    /// Creates `dir` and its parents; existing ones are fine.
+    /// Creates `dir` and its parents, durably; existing ones are fine.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
 
     /// Makes the names in `dir` durable.
