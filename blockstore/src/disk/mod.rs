@@ -5,6 +5,7 @@
 pub(crate) mod conformance;
 mod local;
 
+pub(crate) use local::check_path;
 pub use local::{LocalDisk, LocalFolder};
 
 use std::fmt::Debug;
