@@ -50,6 +50,15 @@ pub enum ExtentKind {
     AllocatedZero,
 }
 
+/// What a range holds in a metadata context of the export's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ContextExtent {
+    /// Length in bytes, never 0.
+    pub length: u64,
+    /// What the context says of it; only the context's author knows the meaning.
+    pub flags: u32,
+}
+
 /// How zeroes may be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ZeroMode {
@@ -132,7 +141,31 @@ pub trait Export: Send + Sync + 'static {
     /// Brings a range into the cache.
     fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError>;
 
+    /// Whether [`Export::write_zeroes`] never takes longer than writing the same bytes would; the server then offers
+    /// `NBD_CMD_FLAG_FAST_ZERO`, which clients use to zero a whole disk before copying.
+    fn fast_zeroes(&self) -> bool {
+        false
+    }
+
     /// What the range holds: consecutive extents from `offset`, at most `limit` of them, together covering at
     /// least one byte and not more than `length`.
     fn extents(&self, offset: u64, length: u64, limit: usize) -> Result<Vec<Extent>, ExportError>;
+
+    /// Names of metadata contexts this export offers besides `base:allocation`, as `namespace:leaf`; asked once, when
+    /// the export is added to a table.
+    fn contexts(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What one of [`Export::contexts`] says of the range, under the rules of [`Export::extents`].
+    fn context_extents(
+        &self,
+        context: &str,
+        offset: u64,
+        length: u64,
+        limit: usize,
+    ) -> Result<Vec<ContextExtent>, ExportError> {
+        let _ = (context, offset, length, limit);
+        Err(ExportError::NotSupported)
+    }
 }

@@ -1,0 +1,115 @@
+//! Ending connections from outside: a [`Control`] per connection, a [`Registry`] per export and per listener.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+/// The handle by which a connection is woken and told to end. The connection's task is the only one that waits.
+#[derive(Debug, Default)]
+pub(crate) struct Control {
+    stopped: AtomicBool,
+    wake: Notify,
+}
+
+impl Control {
+    /// Tells the connection to finish what is in flight and to end.
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Makes the connection look again at its state.
+    pub(crate) fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Returns after a [`Control::wake`] or [`Control::stop`], also one from before the call.
+    pub(crate) async fn woken(&self) {
+        self.wake.notified().await;
+    }
+
+    /// Returns once the connection has been told to end.
+    pub(crate) async fn stopped(&self) {
+        while !self.is_stopped() {
+            self.woken().await;
+        }
+    }
+}
+
+/// The connections that use something which may end before them.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    members: Mutex<Members>,
+    left: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Members {
+    closed: bool,
+    next: u64,
+    controls: HashMap<u64, Arc<Control>>,
+}
+
+/// Membership; ends when dropped.
+#[derive(Debug)]
+pub(crate) struct Membership {
+    registry: Arc<Registry>,
+    id: u64,
+}
+
+impl Registry {
+    /// Registers a connection, unless the registry is closed or already has `max` members.
+    pub(crate) fn join(self: &Arc<Registry>, control: &Arc<Control>, max: usize) -> Option<Membership> {
+        let mut members = self.lock();
+        if members.closed || members.controls.len() >= max {
+            return None;
+        }
+        let id = members.next;
+        members.next += 1;
+        members.controls.insert(id, Arc::clone(control));
+        Some(Membership { registry: Arc::clone(self), id })
+    }
+
+    /// Lets nobody in any more and tells everybody to end.
+    pub(crate) fn close(&self) {
+        let mut members = self.lock();
+        members.closed = true;
+        for control in members.controls.values() {
+            control.stop();
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.lock().controls.len()
+    }
+
+    /// Returns once the registry has no members.
+    pub(crate) async fn emptied(&self) {
+        loop {
+            let left = self.left.notified();
+            tokio::pin!(left);
+            left.as_mut().enable(); // from here on a departure is seen, so the check below cannot miss the last one
+            if self.lock().controls.is_empty() {
+                return;
+            }
+            left.await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Members> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.registry.lock().controls.remove(&self.id);
+        self.registry.left.notify_waiters();
+    }
+}

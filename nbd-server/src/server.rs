@@ -1,0 +1,167 @@
+//! [`Server`] and [`Listener`]: accepting connections and ending in order.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::Instrument;
+
+use crate::control::{Control, Membership, Registry};
+use crate::handshake::negotiate;
+use crate::limits::Limits;
+use crate::listen::{self, Listen, ListenError, Socket};
+use crate::name::ExportName;
+use crate::stream::Stream;
+use crate::table::ExportTable;
+use crate::transmission::{self, Connection, Shared};
+use crate::uri::NbdUri;
+
+/// Pause after a failed accept: out of file descriptors, it would fail again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves the exports of a table. One server may listen on several sockets; its limits hold for all of them together,
+/// but for the number of connections, which counts for each listener.
+#[derive(Clone)]
+pub struct Server {
+    table: Arc<ExportTable>,
+    shared: Arc<Shared>,
+}
+
+/// A socket on which a server listens. It serves once [`Listener::serve`] runs; dropped before, it is closed and its
+/// file removed.
+pub struct Listener {
+    server: Server,
+    socket: Socket,
+    local: Listen,
+}
+
+impl Server {
+    /// A server for the exports of a table, which may change at any time.
+    pub fn new(table: Arc<ExportTable>, limits: Limits) -> Server {
+        Server { table, shared: Arc::new(Shared::new(limits)) }
+    }
+
+    /// Opens a socket. Clients can connect from now on and are served when [`Listener::serve`] runs.
+    pub async fn bind(&self, listen: &Listen) -> Result<Listener, ListenError> {
+        let (socket, local) = listen::open(listen).await?;
+        Ok(Listener { server: self.clone(), socket, local })
+    }
+}
+
+impl Listener {
+    /// Where it listens; the port is the real one.
+    pub fn local(&self) -> &Listen {
+        &self.local
+    }
+
+    /// The URI of an export on this listener.
+    pub fn uri(&self, export: &ExportName) -> String {
+        let uri = match &self.local {
+            Listen::Unix(path) => NbdUri::unix(&std::path::absolute(path).unwrap_or_else(|_| path.clone()), export),
+            Listen::Tcp(address) => NbdUri::tcp(address.ip().to_string(), address.port(), export),
+        };
+        uri.to_string()
+    }
+
+    /// Serves until `shutdown` resolves, then stops accepting, lets every connection finish the requests it has in
+    /// flight, flushes the exports that can be written to, removes the socket's file, and returns.
+    pub async fn serve(self, shutdown: impl Future) {
+        let connections: Arc<Registry> = Arc::default();
+        let Listener { server, socket, local } = self;
+        tracing::info!(listen = %local, "serving NBD");
+        {
+            tokio::pin!(shutdown);
+            let mut number = 0_u64;
+            loop {
+                let accepted = tokio::select! {
+                    _ = &mut shutdown => break,
+                    accepted = accept(&socket) => accepted,
+                };
+                match accepted {
+                    Ok(stream) => {
+                        number += 1;
+                        server.start(stream, &connections, number);
+                    }
+                    Err(error) => {
+                        tracing::warn!(listen = %local, %error, "cannot accept a connection");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                }
+            }
+        }
+        drop(socket);
+        connections.close();
+        connections.emptied().await;
+        server.flush().await;
+        tracing::info!(listen = %local, "stopped serving NBD");
+    }
+}
+
+impl Server {
+    fn start(&self, stream: Stream, connections: &Arc<Registry>, number: u64) {
+        let control = Arc::new(Control::default());
+        let Some(membership) = connections.join(&control, self.shared.limits.connections) else {
+            tracing::warn!(max = self.shared.limits.connections, "too many connections, closing the newest");
+            return;
+        };
+        let span = tracing::info_span!("nbd", connection = number);
+        let server = self.clone();
+        tokio::spawn(async move { server.connection(stream, control, membership).await }.instrument(span));
+    }
+
+    async fn connection(self, stream: Stream, control: Arc<Control>, membership: Membership) {
+        let negotiated = tokio::select! {
+            () = control.stopped() => return,
+            negotiated = tokio::time::timeout(
+                self.shared.limits.handshake,
+                negotiate(&stream, &self.table, &control),
+            ) => negotiated,
+        };
+        let outcome = match negotiated {
+            Ok(Ok(Some(outcome))) => outcome,
+            Ok(Ok(None)) => return,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "handshake failed");
+                return;
+            }
+            Err(_) => {
+                tracing::debug!("handshake took too long");
+                return;
+            }
+        };
+        let name = outcome.negotiated.published.name.clone();
+        tracing::debug!(export = %name, style = ?outcome.negotiated.style, "connected");
+        let connection = Connection::new(stream, control, outcome.negotiated);
+        transmission::run(connection, self.shared, outcome.membership).await;
+        tracing::debug!(export = %name, "disconnected");
+        drop(membership);
+    }
+
+    /// Makes durable what was written, so that the end of a server is as good as a FLUSH.
+    async fn flush(&self) {
+        let exports = self.table.published();
+        let flushed = tokio::task::spawn_blocking(move || {
+            for published in exports.iter().filter(|published| !published.read_only) {
+                if let Err(error) = published.export.flush() {
+                    tracing::error!(export = %published.name, %error, "cannot flush an export at the end of its server");
+                }
+            }
+        });
+        if flushed.await.is_err() {
+            tracing::error!("an export panicked in its last flush");
+        }
+    }
+}
+
+async fn accept(socket: &Socket) -> io::Result<Stream> {
+    match socket {
+        Socket::Unix { listener, .. } => Ok(Stream::Unix(listener.accept().await?.0)),
+        Socket::Tcp(listener) => {
+            let (stream, _) = listener.accept().await?;
+            stream.set_nodelay(true)?; // replies are small and waited for
+            rustix::net::sockopt::set_socket_keepalive(&stream, true)?; // a vanished client must not stay for ever
+            Ok(Stream::Tcp(stream))
+        }
+    }
+}

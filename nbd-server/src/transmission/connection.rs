@@ -1,0 +1,631 @@
+//! The task of a connection: reads, parses, answers what is resident, hands on the rest, and ends in order.
+
+use std::future::Future;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::BufMut;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::execute::{check_cover, execute, record};
+use super::outbox::{Outbox, Sent};
+use super::reply::{Batch, Reply};
+use super::request::{Command, Header, Refusal, Request, Terms};
+use crate::control::{Control, Membership};
+use crate::dispatch::{Dispatcher, Job};
+use crate::export::Piece;
+use crate::handshake::Negotiated;
+use crate::limits::Limits;
+use crate::statistics::Outcome;
+use crate::stream::Stream;
+use crate::wire::Errno;
+
+/// Input buffer: 2,300 requests without payload, or 15 writes of 4 KiB. Larger payloads are read in place.
+const INPUT: usize = 64 << 10;
+
+/// Largest read that is answered from memory on the connection's task; a larger one is worth a thread.
+const RESIDENT_MAX: u64 = 256 << 10;
+
+/// Bytes of replies that may wait for the client before its next requests are looked at.
+const QUEUED_MAX: usize = 1 << 20;
+
+/// Loops without waiting after which other tasks get their turn.
+const TURNS: u32 = 64;
+
+/// Unit of the memory budget: a semaphore counts 32 bits.
+const BUDGET_UNIT: u64 = 1 << 10;
+
+/// What every connection of a server shares.
+pub(crate) struct Shared {
+    pub(crate) limits: Limits,
+    pub(crate) dispatcher: Arc<Dispatcher>,
+    /// Payload in flight over all connections, in [`BUDGET_UNIT`]s.
+    pub(crate) budget: Arc<Semaphore>,
+    budget_units: usize,
+}
+
+impl Shared {
+    pub(crate) fn new(limits: Limits) -> Shared {
+        let bytes = limits.bytes.max(crate::limits::MAX_PAYLOAD as usize) as u64;
+        let budget_units = usize::try_from(bytes / BUDGET_UNIT).unwrap_or(Semaphore::MAX_PERMITS);
+        let budget_units = budget_units.min(Semaphore::MAX_PERMITS);
+        Shared {
+            dispatcher: Arc::new(Dispatcher::new(limits.operations)),
+            budget: Arc::new(Semaphore::new(budget_units)),
+            budget_units,
+            limits,
+        }
+    }
+
+    fn is_short_of_memory(&self) -> bool {
+        self.budget.available_permits() < self.budget_units / 4
+    }
+}
+
+/// What the connection's task and the threads that work for it share.
+pub(crate) struct Connection {
+    stream: Stream,
+    control: Arc<Control>,
+    negotiated: Negotiated,
+    outbox: Outbox,
+    requests: AtomicUsize,
+    bytes: AtomicUsize,
+    /// The task waits for requests in flight to end.
+    waiting: AtomicBool,
+}
+
+impl Connection {
+    pub(crate) fn new(stream: Stream, control: Arc<Control>, negotiated: Negotiated) -> Connection {
+        Connection {
+            stream,
+            control,
+            negotiated,
+            outbox: Outbox::new(),
+            requests: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            waiting: AtomicBool::new(false),
+        }
+    }
+
+    /// Runs on a dispatcher thread.
+    fn perform(&self, request: &Request, payload: Vec<u8>, permit: Option<OwnedSemaphorePermit>) {
+        let mut batch = Batch::default();
+        let published = &self.negotiated.published;
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            let mut reply = self.reply(&mut batch, request.cookie, request.offset);
+            execute(published, &self.negotiated.contexts, request, &payload, &mut reply);
+        }));
+        if caught.is_err() {
+            tracing::error!(export = %published.name, cookie = request.cookie, "the export panicked");
+            batch.clear(); // nothing is submitted before the call has returned
+            self.reply(&mut batch, request.cookie, request.offset).error(Errno::Io, "internal error");
+            record(published, request, Outcome::Failed);
+        }
+        drop(payload);
+        if let (Command::Read { .. }, Some(permit)) = (request.command, permit) {
+            batch.hold(permit); // the data stays in memory until the client has taken it
+        }
+        let sent = self.outbox.submit(&self.stream, &mut batch);
+        // Counted down after the reply is queued, so that its bytes are always counted somewhere.
+        self.requests.fetch_sub(1, Ordering::SeqCst);
+        self.bytes.fetch_sub(held(request), Ordering::SeqCst);
+        if sent != Sent::Underway || self.waiting.load(Ordering::SeqCst) {
+            self.control.wake();
+        }
+    }
+
+    fn reply<'a>(&self, batch: &'a mut Batch, cookie: u64, offset: u64) -> Reply<'a> {
+        Reply { batch, style: self.negotiated.style, cookie, offset }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.requests.load(Ordering::SeqCst)
+    }
+}
+
+/// Bytes a request holds while it is in flight.
+fn held(request: &Request) -> usize {
+    match request.command {
+        Command::Read { .. } | Command::Write => usize::try_from(request.length).unwrap_or(usize::MAX),
+        Command::Flush
+        | Command::Trim
+        | Command::Cache
+        | Command::WriteZeroes(_)
+        | Command::BlockStatus { .. }
+        | Command::Disconnect => 0,
+    }
+}
+
+/// Why no more requests are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// The client said so, or closed its side.
+    Client,
+    /// The export or the server goes away: what the client has sent already is answered with `ESHUTDOWN`.
+    Retired,
+    /// The client broke the protocol.
+    Violation,
+}
+
+type Acquire = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+
+/// What comes next from the client.
+enum Expect {
+    Header,
+    /// The request waits for memory.
+    Memory {
+        request: Request,
+        acquire: Acquire,
+    },
+    Payload {
+        request: Request,
+        permit: Option<OwnedSemaphorePermit>,
+        data: Vec<u8>,
+    },
+    /// The payload of a refused request.
+    Drain {
+        header: Header,
+        refusal: Refusal,
+        left: u64,
+    },
+}
+
+struct Task {
+    connection: Arc<Connection>,
+    shared: Arc<Shared>,
+    terms: Terms,
+    input: Vec<u8>,
+    start: usize,
+    end: usize,
+    expect: Expect,
+    batch: Batch,
+    jobs: Vec<Job>,
+    pieces: Vec<Piece>,
+    resident: (u64, u64),
+    ending: Option<Ending>,
+}
+
+/// Serves a connection until the client leaves, breaks the protocol, or is told to go.
+pub(crate) async fn run(connection: Connection, shared: Arc<Shared>, membership: Membership) {
+    let published = Arc::clone(&connection.negotiated.published);
+    let terms = Terms {
+        style: connection.negotiated.style,
+        size: published.size,
+        read_only: published.read_only,
+        block_size: published.block_size,
+        fast_zeroes: published.fast_zeroes,
+        has_contexts: !connection.negotiated.contexts.is_empty(),
+    };
+    let mut task = Task {
+        connection: Arc::new(connection),
+        shared,
+        terms,
+        input: vec![0; INPUT],
+        start: 0,
+        end: 0,
+        expect: Expect::Header,
+        batch: Batch::default(),
+        jobs: Vec::new(),
+        pieces: Vec::new(),
+        resident: (0, 0),
+        ending: None,
+    };
+    let result = task.serve().await;
+    if let Err(error) = &result {
+        tracing::debug!(export = %published.name, %error, "connection lost");
+    }
+    task.finish(membership).await;
+}
+
+impl Task {
+    async fn serve(&mut self) -> io::Result<()> {
+        let connection = Arc::clone(&self.connection);
+        let stall = self.shared.limits.stall.max(Duration::from_millis(10));
+        let mut watch = StallWatch::new(stall);
+        let mut turns = 0;
+        while self.ending.is_none() {
+            if connection.control.is_stopped() {
+                self.ending = Some(Ending::Retired);
+                break;
+            }
+            let readable = self.turn()?;
+            turns += 1;
+            if turns % TURNS == 0 {
+                tokio::task::yield_now().await;
+            }
+            if readable == Readable::Maybe {
+                continue;
+            }
+            let wants_input = readable == Readable::Empty;
+            connection.waiting.store(!wants_input, Ordering::SeqCst);
+            if !wants_input && self.may_go_on() {
+                continue; // something ended between the last look and the store
+            }
+            let blocked = match connection.outbox.status() {
+                Sent::Broken => return Err(io::ErrorKind::BrokenPipe.into()),
+                Sent::Blocked => true,
+                Sent::Underway => false,
+            };
+            tokio::select! {
+                ready = connection.stream.readable(), if wants_input => ready?,
+                ready = connection.stream.writable(), if blocked => {
+                    ready?;
+                    connection.outbox.resume(&connection.stream);
+                }
+                () = connection.control.woken() => {}
+                permit = granted(&mut self.expect) => self.granted(permit)?,
+                () = watch.expired(connection.outbox.written()), if blocked => {
+                    if self.shared.is_short_of_memory() {
+                        tracing::warn!(export = %connection.negotiated.published.name,
+                            "disconnecting a client that leaves its replies lying while others wait for memory");
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes from the socket what is there and works on it.
+    fn turn(&mut self) -> io::Result<Readable> {
+        let progress = self.advance();
+        self.flush_turn();
+        if self.ending.is_some() {
+            return Ok(Readable::Maybe);
+        }
+        match progress {
+            Progress::Held => Ok(Readable::Held),
+            Progress::NeedInput => self.fill(),
+        }
+    }
+
+    /// Submits the turn's answers and starts its jobs.
+    fn flush_turn(&mut self) {
+        if !self.jobs.is_empty() {
+            self.shared.dispatcher.submit(self.jobs.drain(..));
+        }
+        let (reads, bytes) = std::mem::take(&mut self.resident);
+        if reads > 0 {
+            self.connection.negotiated.published.statistics.record_resident(reads, bytes);
+        }
+        if !self.batch.is_empty() {
+            self.connection.outbox.submit(&self.connection.stream, &mut self.batch);
+        }
+    }
+
+    /// Whether a request that is held back may be looked at now.
+    fn may_go_on(&self) -> bool {
+        !matches!(self.expect, Expect::Memory { .. }) && self.has_room()
+    }
+
+    /// Whether the client may have one more request in flight. An idle connection always may.
+    fn has_room(&self) -> bool {
+        let connection = &self.connection;
+        let queued = connection.outbox.queued() + self.batch.len();
+        let requests = connection.in_flight();
+        let bytes = connection.bytes.load(Ordering::SeqCst) + queued;
+        let limits = &self.shared.limits;
+        queued < QUEUED_MAX
+            && (requests == 0 || requests < limits.requests_per_connection && bytes < limits.bytes_per_connection)
+    }
+
+    /// Works through the input until it ends or something must be waited for.
+    fn advance(&mut self) -> Progress {
+        loop {
+            match std::mem::replace(&mut self.expect, Expect::Header) {
+                Expect::Header => {
+                    if !self.has_room() {
+                        return Progress::Held;
+                    }
+                    let buffered = self.input.get(self.start..self.end).unwrap_or(&[]);
+                    match Header::parse(buffered, self.terms.style) {
+                        None => return Progress::NeedInput,
+                        Some(Err(error)) => {
+                            tracing::debug!(%error, "closing a connection");
+                            self.ending = Some(Ending::Violation);
+                            return Progress::Held;
+                        }
+                        Some(Ok(header)) => {
+                            self.start += self.terms.style.request_len();
+                            self.header(header);
+                            if self.ending.is_some() {
+                                return Progress::Held;
+                            }
+                        }
+                    }
+                }
+                Expect::Memory { request, acquire } => {
+                    self.expect = Expect::Memory { request, acquire };
+                    return Progress::Held;
+                }
+                Expect::Payload { request, permit, mut data } => {
+                    let wanted = held(&request).saturating_sub(data.len());
+                    data.extend_from_slice(self.take(wanted));
+                    if data.len() < held(&request) {
+                        self.expect = Expect::Payload { request, permit, data };
+                        return Progress::NeedInput;
+                    }
+                    self.dispatch(request, data, permit);
+                }
+                Expect::Drain { header, refusal, left } => {
+                    let taken = self.take(usize::try_from(left).unwrap_or(usize::MAX)).len() as u64;
+                    if taken < left {
+                        self.expect = Expect::Drain { header, refusal, left: left - taken };
+                        return Progress::NeedInput;
+                    }
+                    self.refuse(&header, refusal);
+                }
+            }
+        }
+    }
+
+    fn header(&mut self, header: Header) {
+        let payload = header.payload_len(self.terms.style);
+        match header.check(&self.terms) {
+            Ok(request) => self.request(request),
+            Err(refusal) if payload == 0 => self.refuse(&header, refusal),
+            // Extended headers can announce more than anyone can send: that is not a client worth waiting for.
+            Err(_) if payload > u64::from(u32::MAX) => self.ending = Some(Ending::Violation),
+            Err(refusal) => self.expect = Expect::Drain { header, refusal, left: payload },
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        if request.command == Command::Disconnect {
+            self.ending = Some(Ending::Client);
+            return;
+        }
+        if self.answer_resident(&request) {
+            return;
+        }
+        let bytes = held(&request) as u64;
+        if bytes == 0 {
+            self.dispatch(request, Vec::new(), None);
+            return;
+        }
+        let units = u32::try_from(bytes.div_ceil(BUDGET_UNIT)).unwrap_or(u32::MAX);
+        let budget = Arc::clone(&self.shared.budget);
+        match Arc::clone(&budget).try_acquire_many_owned(units) {
+            Ok(permit) => self.admitted(request, permit),
+            Err(_) => self.expect = Expect::Memory { request, acquire: Box::pin(budget.acquire_many_owned(units)) },
+        }
+    }
+
+    /// Memory for the request is set aside.
+    fn admitted(&mut self, request: Request, permit: OwnedSemaphorePermit) {
+        if request.command == Command::Write {
+            // The length has passed the gate and the budget; the pages are touched as the payload comes.
+            let data = Vec::with_capacity(held(&request));
+            self.expect = Expect::Payload { request, permit: Some(permit), data };
+        } else {
+            self.dispatch(request, Vec::new(), Some(permit));
+        }
+    }
+
+    fn granted(&mut self, permit: Result<OwnedSemaphorePermit, AcquireError>) -> io::Result<()> {
+        let permit = permit.map_err(io::Error::other)?; // the budget is never closed
+        if let Expect::Memory { request, .. } = std::mem::replace(&mut self.expect, Expect::Header) {
+            self.admitted(request, permit);
+        }
+        Ok(())
+    }
+
+    /// Answers a read from memory; the answer goes out with the batch.
+    fn answer_resident(&mut self, request: &Request) -> bool {
+        let Command::Read { fragment } = request.command else { return false };
+        let published = &self.connection.negotiated.published;
+        let Ok(length) = u32::try_from(request.length) else { return false };
+        if request.length > RESIDENT_MAX || length == 0 {
+            return false;
+        }
+        self.pieces.clear();
+        if !published.export.read_resident(request.offset, length, &mut self.pieces) {
+            return false;
+        }
+        if check_cover(published, &self.pieces, request.length).is_err() {
+            self.pieces.clear();
+            return false; // the slow way may do better, and answers if it does not
+        }
+        let Task { connection, batch, pieces, .. } = self;
+        connection.reply(batch, request.cookie, request.offset).read(pieces, request.length, fragment);
+        self.resident = (self.resident.0 + 1, self.resident.1 + request.length);
+        true
+    }
+
+    fn dispatch(&mut self, request: Request, payload: Vec<u8>, permit: Option<OwnedSemaphorePermit>) {
+        let connection = Arc::clone(&self.connection);
+        connection.requests.fetch_add(1, Ordering::SeqCst);
+        connection.bytes.fetch_add(held(&request), Ordering::SeqCst);
+        self.jobs.push(Box::new(move || connection.perform(&request, payload, permit)));
+    }
+
+    fn refuse(&mut self, header: &Header, refusal: Refusal) {
+        let published = &self.connection.negotiated.published;
+        tracing::debug!(export = %published.name, cookie = header.cookie, command = header.command, %refusal, "refused");
+        published.statistics.record_refused();
+        let Task { connection, batch, .. } = self;
+        connection.reply(batch, header.cookie, header.offset).error(refusal.errno(), &refusal.to_string());
+    }
+
+    /// The next bytes of input, at most `count`.
+    fn take(&mut self, count: usize) -> &[u8] {
+        let count = count.min(self.end - self.start);
+        let taken = self.start..self.start + count;
+        self.start += count;
+        self.input.get(taken).unwrap_or(&[])
+    }
+
+    /// Reads once from the socket: into the payload that is being received, or into the input buffer.
+    fn fill(&mut self) -> io::Result<Readable> {
+        let read = match &mut self.expect {
+            Expect::Payload { request, data, .. } => {
+                let left = held(request).saturating_sub(data.len());
+                self.connection.stream.try_read_buf(&mut data.limit(left))
+            }
+            Expect::Header | Expect::Drain { .. } | Expect::Memory { .. } => {
+                if self.start > 0 {
+                    self.input.copy_within(self.start..self.end, 0); // at most part of a header
+                    self.end -= self.start;
+                    self.start = 0;
+                }
+                let read = self.connection.stream.try_read(self.input.get_mut(self.end..).unwrap_or(&mut []));
+                if let Ok(count) = read {
+                    self.end += count;
+                }
+                read
+            }
+        };
+        match read {
+            Ok(0) => {
+                self.ending = Some(Ending::Client);
+                Ok(Readable::Maybe)
+            }
+            Ok(_) => Ok(Readable::Maybe),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Readable::Empty),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Readable::Maybe),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits for the requests in flight, lets the client take their replies, and ends the stream.
+    async fn finish(mut self, membership: Membership) {
+        let connection = Arc::clone(&self.connection);
+        if self.ending == Some(Ending::Retired) {
+            self.refuse_buffered();
+            self.flush_turn();
+        }
+        connection.waiting.store(true, Ordering::SeqCst);
+        // Operations are not cut off: the export must not be used after this returns.
+        while connection.in_flight() > 0 {
+            if connection.outbox.status() == Sent::Blocked {
+                tokio::select! {
+                    _ = connection.stream.writable() => {
+                        connection.outbox.resume(&connection.stream);
+                    }
+                    () = connection.control.woken() => {}
+                }
+            } else {
+                connection.control.woken().await;
+            }
+        }
+        drop(membership); // no operation runs and none will start: whoever removes the export may go on
+        let goodbye = self.shared.limits.goodbye;
+        if self.ending.is_some() && tokio::time::timeout(goodbye, drain(&connection, self.input)).await.is_err() {
+            tracing::debug!(export = %connection.negotiated.published.name, "a client did not take its last replies");
+        }
+    }
+
+    /// Answers what the client had already sent when its export went away.
+    fn refuse_buffered(&mut self) {
+        if let Expect::Memory { request, .. } = &self.expect {
+            if request.command == Command::Write {
+                return; // its payload stands between us and the next request
+            }
+            let (cookie, offset) = (request.cookie, request.offset);
+            let Task { connection, batch, .. } = self;
+            let refusal = Refusal::ShuttingDown;
+            connection.reply(batch, cookie, offset).error(refusal.errno(), &refusal.to_string());
+        } else if !matches!(self.expect, Expect::Header) {
+            return;
+        }
+        while let Some(Ok(header)) =
+            Header::parse(self.input.get(self.start..self.end).unwrap_or(&[]), self.terms.style)
+        {
+            self.start += self.terms.style.request_len();
+            let payload = header.payload_len(self.terms.style);
+            if (self.take(usize::try_from(payload).unwrap_or(usize::MAX)).len() as u64) < payload {
+                return;
+            }
+            if header.command == crate::wire::command::DISC {
+                return;
+            }
+            self.refuse(&header, Refusal::ShuttingDown);
+        }
+    }
+}
+
+/// Writes what is left, ends our side, and waits until the client has ended its own: closing a socket with unread
+/// input would throw away replies that are still on their way.
+async fn drain(connection: &Connection, mut scrap: Vec<u8>) {
+    loop {
+        match connection.outbox.status() {
+            Sent::Broken => return,
+            Sent::Underway => break, // no thread works for this connection any more: underway means written
+            Sent::Blocked => {
+                if connection.stream.writable().await.is_err() {
+                    return;
+                }
+                connection.outbox.resume(&connection.stream);
+            }
+        }
+    }
+    if connection.stream.shutdown_write().is_err() {
+        return;
+    }
+    loop {
+        match connection.stream.try_read(&mut scrap) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if connection.stream.readable().await.is_err() {
+                    return;
+                }
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// What a turn found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Readable {
+    /// There may be more.
+    Maybe,
+    /// The socket is empty.
+    Empty,
+    /// No more is wanted until something ends.
+    Held,
+}
+
+enum Progress {
+    NeedInput,
+    Held,
+}
+
+/// Resolves when memory for the waiting request is there; never if none waits.
+async fn granted(expect: &mut Expect) -> Result<OwnedSemaphorePermit, AcquireError> {
+    match expect {
+        Expect::Memory { acquire, .. } => acquire.await,
+        Expect::Header | Expect::Payload { .. } | Expect::Drain { .. } => std::future::pending().await,
+    }
+}
+
+/// Notices that a client has taken nothing for a while.
+struct StallWatch {
+    period: Duration,
+    sleep: Option<Pin<Box<Sleep>>>,
+    written: u64,
+}
+
+impl StallWatch {
+    fn new(period: Duration) -> StallWatch {
+        StallWatch { period, sleep: None, written: 0 }
+    }
+
+    /// Returns each time a period has passed in which `written` did not change.
+    async fn expired(&mut self, written: u64) {
+        if self.sleep.is_none() || self.written != written {
+            self.written = written;
+            self.sleep = None;
+        }
+        let deadline = Instant::now() + self.period;
+        let sleep = self.sleep.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+        sleep.as_mut().await;
+        self.sleep = None;
+    }
+}
