@@ -19,7 +19,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
-//CLIENT pub mod client;
+pub mod client;
 mod control;
 mod dispatch;
 pub mod export;
@@ -36,7 +36,7 @@ mod transmission;
 mod uri;
 pub mod wire;
 
-//CLIENT pub use client::{BlockingClient, Client, ClientError, ClientOptions};
+pub use client::{BlockingClient, Client, ClientError, ClientOptions};
 pub use export::Export;
 pub use limits::{Limits, MAX_EXTENTS, MAX_PAYLOAD};
 pub use listen::{Listen, ListenError, MAX_SOCKET_PATH};

@@ -4,8 +4,8 @@ use std::future::Future;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::BufMut;
@@ -36,6 +36,11 @@ const QUEUED_MAX: usize = 1 << 20;
 
 /// Loops without waiting after which other tasks get their turn.
 const TURNS: u32 = 64;
+
+/// Payload buffers of these capacities are kept for the next write, so many on each connection.
+const BUFFER_MIN: usize = 32 << 10;
+const BUFFER_MAX: usize = 1 << 20;
+const BUFFERS: usize = 4;
 
 /// Unit of the memory budget: a semaphore counts 32 bits.
 const BUDGET_UNIT: u64 = 1 << 10;
@@ -77,6 +82,8 @@ pub(crate) struct Connection {
     bytes: AtomicUsize,
     /// The task waits for requests in flight to end.
     waiting: AtomicBool,
+    /// Payload buffers to use again: fresh memory of this size costs a page fault every 4 KiB.
+    buffers: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Connection {
@@ -89,6 +96,7 @@ impl Connection {
             requests: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
             waiting: AtomicBool::new(false),
+            buffers: Mutex::default(),
         }
     }
 
@@ -106,7 +114,7 @@ impl Connection {
             self.reply(&mut batch, request.cookie, request.offset).error(Errno::Io, "internal error");
             record(published, request, Outcome::Failed);
         }
-        drop(payload);
+        self.keep_buffer(payload);
         if let (Command::Read { .. }, Some(permit)) = (request.command, permit) {
             batch.hold(permit); // the data stays in memory until the client has taken it
         }
@@ -121,6 +129,28 @@ impl Connection {
 
     fn reply<'a>(&self, batch: &'a mut Batch, cookie: u64, offset: u64) -> Reply<'a> {
         Reply { batch, style: self.negotiated.style, cookie, offset }
+    }
+
+    /// A buffer of at least this capacity. The length has passed the gate and the budget.
+    fn buffer(&self, length: usize) -> Vec<u8> {
+        let kept = if length < BUFFER_MIN { None } else { self.buffers().pop() };
+        let mut buffer = kept.unwrap_or_default();
+        buffer.clear();
+        buffer.reserve_exact(length);
+        buffer
+    }
+
+    fn keep_buffer(&self, buffer: Vec<u8>) {
+        if (BUFFER_MIN..=BUFFER_MAX).contains(&buffer.capacity()) {
+            let mut buffers = self.buffers();
+            if buffers.len() < BUFFERS {
+                buffers.push(buffer);
+            }
+        }
+    }
+
+    fn buffers(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn in_flight(&self) -> usize {
@@ -399,8 +429,7 @@ impl Task {
     /// Memory for the request is set aside.
     fn admitted(&mut self, request: Request, permit: OwnedSemaphorePermit) {
         if request.command == Command::Write {
-            // The length has passed the gate and the budget; the pages are touched as the payload comes.
-            let data = Vec::with_capacity(held(&request));
+            let data = self.connection.buffer(held(&request));
             self.expect = Expect::Payload { request, permit: Some(permit), data };
         } else {
             self.dispatch(request, Vec::new(), Some(permit));

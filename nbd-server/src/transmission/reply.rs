@@ -318,3 +318,95 @@ impl Reply<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encode(style: HeaderStyle, encode: impl FnOnce(&mut Reply<'_>)) -> Vec<u8> {
+        let mut batch = Batch::default();
+        encode(&mut Reply { batch: &mut batch, style, cookie: 0x0102_0304_0506_0708, offset: 0x1000 });
+        let bytes = batch.flatten();
+        assert_eq!(bytes.len(), batch.len());
+        bytes
+    }
+
+    const COOKIE: &[u8] = b"\x01\x02\x03\x04\x05\x06\x07\x08";
+
+    fn pieces() -> Vec<Piece> {
+        vec![
+            Piece::Data(Bytes::from_static(b"ab")),
+            Piece::Data(Bytes::from_static(b"c")),
+            Piece::Hole(2),
+            Piece::Hole(1),
+            Piece::Data(Bytes::from_static(b"d")),
+        ]
+    }
+
+    #[test]
+    fn simple_replies_have_the_bytes_of_the_protocol_document() {
+        let done = encode(HeaderStyle::Simple, |reply| reply.done());
+        assert_eq!(done, [b"\x67\x44\x66\x98\0\0\0\0", COOKIE].concat());
+        let error = encode(HeaderStyle::Simple, |reply| reply.error(Errno::NoSpc, "full"));
+        assert_eq!(error, [b"\x67\x44\x66\x98\0\0\0\x1c", COOKIE].concat());
+        let read = encode(HeaderStyle::Simple, |reply| reply.read(&mut pieces(), 7, Fragment::Allowed));
+        assert_eq!(read, [b"\x67\x44\x66\x98\0\0\0\0", COOKIE, b"abc\0\0\0d"].concat());
+    }
+
+    #[test]
+    fn structured_reads_join_neighbours_and_obey_the_ban_on_fragments() {
+        let head = |flags: u8, kind: u8, length: u8| {
+            [b"\x66\x8e\x33\xef\0", &[flags, 0, kind][..], COOKIE, &[0, 0, 0, length]].concat()
+        };
+        let at = |low: u8| [0, 0, 0, 0, 0, 0, 0x10, low];
+        let read = encode(HeaderStyle::Structured, |reply| reply.read(&mut pieces(), 7, Fragment::Allowed));
+        let expected = [
+            [&head(0, 1, 11)[..], &at(0), b"abc"].concat(),
+            [&head(0, 2, 12)[..], &at(3), &[0, 0, 0, 3]].concat(),
+            [&head(1, 1, 9)[..], &at(6), b"d"].concat(),
+        ]
+        .concat();
+        assert_eq!(read, expected);
+        let whole = encode(HeaderStyle::Structured, |reply| reply.read(&mut pieces(), 7, Fragment::Forbidden));
+        assert_eq!(whole, [&head(1, 1, 15)[..], &at(0), b"abc\0\0\0d"].concat());
+        let status = encode(HeaderStyle::Structured, |reply| reply.block_status(5, &[(9, 3)], Position::Last));
+        assert_eq!(status, [&head(1, 5, 12)[..], &[0, 0, 0, 5, 0, 0, 0, 9, 0, 0, 0, 3]].concat());
+    }
+
+    #[test]
+    fn extended_replies_repeat_the_offset_and_count_in_64_bits() {
+        let head = |kind: u16, length: u8| {
+            let kind = kind.to_be_bytes();
+            [b"\x6e\x8a\x27\x8c\0\x01", &kind[..], COOKIE, &[0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, length]]
+                .concat()
+        };
+        assert_eq!(encode(HeaderStyle::Extended, |reply| reply.done()), head(0, 0));
+        let error = encode(HeaderStyle::Extended, |reply| reply.error(Errno::Io, "no"));
+        assert_eq!(error, [&head(0x8001, 8)[..], &[0, 0, 0, 5, 0, 2], b"no"].concat());
+        let status = encode(HeaderStyle::Extended, |reply| reply.block_status(1, &[(9, 3)], Position::Last));
+        let descriptor = [0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 3];
+        assert_eq!(status, [&head(6, 24)[..], &descriptor].concat());
+    }
+
+    #[test]
+    fn a_batch_written_in_pieces_of_any_size_arrives_whole() {
+        let mut batch = Batch::default();
+        for cookie in 0..300 {
+            let reply = &mut Reply { batch: &mut batch, style: HeaderStyle::Structured, cookie, offset: cookie };
+            reply.read(&mut pieces(), 7, Fragment::Allowed);
+            reply.done();
+        }
+        let whole = batch.flatten();
+        for step in [1, 3, 16, 29, 1000] {
+            let (mut cursor, mut out) = (Cursor::default(), Vec::new());
+            while let Some(count) = batch.with_slices(&cursor, |slices| {
+                let all: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).take(step).collect();
+                out.extend_from_slice(&all);
+                all.len()
+            }) {
+                batch.advance(&mut cursor, count);
+            }
+            assert_eq!(out, whole, "step {step}");
+        }
+    }
+}
