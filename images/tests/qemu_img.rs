@@ -1,0 +1,369 @@
+//! Images made by qemu-img, read here and compared byte for byte with what qemu-img itself reads; and images made
+//! here, judged by qemu-img.
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test says what it skips, and fails by panicking")]
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use images::{BackingFiles, DiskImage, Format, OpenError, OpenOptions, Overwrite, TargetError, TargetFormat};
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+
+/// Whether qemu-img is here; a test that needs it is skipped without, and fails in CI.
+fn qemu_img_is_here() -> bool {
+    let here = Command::new("qemu-img").arg("--version").output().is_ok();
+    assert!(here || std::env::var_os("CI").is_none(), "qemu-img is missing");
+    if !here {
+        println!("skipped: qemu-img is missing");
+    }
+    here
+}
+
+fn run(program: &str, args: &[&str], dir: &Path) {
+    let output = Command::new(program).args(args).current_dir(dir).output().expect("it is installed");
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn qemu_img(dir: &TempDir, args: &[&str]) {
+    run("qemu-img", args, dir.path());
+}
+
+/// Bytes that neither repeat nor compress away wholly.
+fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state & 0x1f).to_le_bytes()[0]
+    };
+    (0..length).map(|_| next()).collect()
+}
+
+/// A sparse raw disk: data at the start, in the middle, at an odd place and at the very end.
+fn raw_disk(dir: &TempDir, name: &str, size: u64, seed: u64) -> PathBuf {
+    let path = dir.path().join(name);
+    let file = File::create(&path).unwrap();
+    file.set_len(size).unwrap();
+    for (number, at) in [0, size / 2, size / 3 + 512, size.saturating_sub(70_000)].into_iter().enumerate() {
+        file.write_all_at(&noise(seed + number as u64, 70_000), at).unwrap();
+    }
+    file.set_len(size).unwrap();
+    path
+}
+
+fn open(path: &Path) -> Result<Box<dyn DiskImage>, OpenError> {
+    images::open(path, &OpenOptions::default())
+}
+
+/// The whole disk, read in pieces of odd sizes.
+fn contents(image: &dyn DiskImage) -> Vec<u8> {
+    let mut bytes = vec![0_u8; usize::try_from(image.size()).unwrap()];
+    let mut at = 0;
+    for part in bytes.chunks_mut(99_999) {
+        image.read_at(at, part).unwrap();
+        at += part.len() as u64;
+    }
+    bytes
+}
+
+/// The same through `next_data`: what it passes over has to be zeroes.
+fn contents_by_extents(image: &dyn DiskImage) -> Vec<u8> {
+    let mut bytes = vec![0_u8; usize::try_from(image.size()).unwrap()];
+    let mut at = 0;
+    while let Some(range) = image.next_data(at).unwrap() {
+        assert!(range.start >= at && range.end > range.start && range.end <= image.size(), "{range:?}");
+        let part = &mut bytes[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
+        image.read_at(range.start, part).unwrap();
+        at = range.end;
+    }
+    bytes
+}
+
+fn assert_reads_as_qemu_reads(dir: &TempDir, name: &str) {
+    qemu_img(dir, &["convert", "-O", "raw", name, "expected.raw"]);
+    let expected = fs::read(dir.path().join("expected.raw")).unwrap();
+    let image = open(&dir.path().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    assert_eq!(image.size(), expected.len() as u64, "{name}");
+    assert!(contents(image.as_ref()) == expected, "{name} reads differently");
+    assert!(contents_by_extents(image.as_ref()) == expected, "{name} has data where it shows holes");
+    assert_eq!(image.current_size().unwrap(), image.size());
+}
+
+#[test]
+fn holes_of_a_raw_file_are_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw_disk(&dir, "a.raw", 64 * MIB, 1);
+    let image = open(&path).unwrap();
+    assert!(contents(image.as_ref()) == fs::read(&path).unwrap());
+    assert!(contents_by_extents(image.as_ref()) == fs::read(&path).unwrap());
+    let (mut at, mut data) = (0, 0);
+    while let Some(range) = image.next_data(at).unwrap() {
+        data += range.end - range.start;
+        at = range.end;
+    }
+    assert!(data < MIB, "{data} bytes of data in a disk with 280 kB of it");
+}
+
+#[test]
+fn every_kind_of_qcow2_that_is_taken_reads_as_qemu_reads_it() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    raw_disk(&dir, "a.raw", 9 * MIB + 512, 2);
+    for (number, options) in [
+        &["-o", "compat=0.10"][..],
+        &["-o", "compat=1.1"],
+        &["-c"],
+        &["-c", "-o", "cluster_size=2M"],
+        &["-o", "cluster_size=512"],
+        &["-o", "cluster_size=2M"],
+        &["-o", "lazy_refcounts=on"],
+        &["-S", "0"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("{number}.qcow2");
+        let mut args = vec!["convert", "-O", "qcow2"];
+        args.extend(options);
+        args.extend(["a.raw", &name]);
+        qemu_img(&dir, &args);
+        assert_reads_as_qemu_reads(&dir, &name);
+    }
+}
+
+#[test]
+fn a_chain_of_backing_files_of_different_sizes_reads_as_one_disk() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    raw_disk(&dir, "base.raw", 5 * MIB, 3);
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "mid.qcow2", "8M"]);
+    run(
+        "qemu-io",
+        &["-c", "write -P 7 1M 300k", "-c", "write -z 64k 64k", "-c", "write -P 9 6M 4k", "mid.qcow2"],
+        dir.path(),
+    );
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", "top.qcow2", "6M"]);
+    run("qemu-io", &["-c", "write -P 5 1100k 10k", "top.qcow2"], dir.path());
+    for name in ["mid.qcow2", "top.qcow2"] {
+        assert_reads_as_qemu_reads(&dir, name);
+    }
+    let refused = OpenOptions { backing_files: BackingFiles::Refuse, ..OpenOptions::default() };
+    let error = images::open(&dir.path().join("top.qcow2"), &refused).err().unwrap();
+    assert!(matches!(&error, OpenError::BackingFile { backing, .. } if backing == "mid.qcow2"), "{error}");
+    fs::remove_file(dir.path().join("base.raw")).unwrap();
+    let error = open(&dir.path().join("top.qcow2")).err().unwrap();
+    assert!(error.to_string().contains("base.raw"), "{error}");
+}
+
+#[test]
+fn a_chain_that_bites_its_tail_ends() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2"]);
+    qemu_img(&dir, &["rebase", "-u", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", "a.qcow2"]);
+    let error = open(&dir.path().join("b.qcow2")).err().unwrap();
+    assert!(error.to_string().contains("loop"), "{error}");
+}
+
+#[test]
+fn what_is_not_read_here_is_named_for_qemu() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    raw_disk(&dir, "a.raw", 4 * MIB, 4);
+    for (format, options, expected) in [
+        ("qcow2", "compression_type=zstd", "qcow2"),
+        ("qcow2", "extended_l2=on", "qcow2"),
+        ("qcow2", "data_file=data.raw", "qcow2"),
+        ("vmdk", "subformat=streamOptimized", "vmdk"),
+        ("vmdk", "subformat=monolithicSparse", "vmdk"),
+        ("vmdk", "subformat=monolithicFlat", "vmdk"),
+        ("vhdx", "subformat=dynamic", "vhdx"),
+        ("vpc", "subformat=dynamic", "vpc"),
+        ("vdi", "static=off", "vdi"),
+        ("qcow", "encryption=off", "qcow"),
+    ] {
+        let compressed: &[&str] = if options.contains("zstd") { &["-c"] } else { &[] };
+        let args = [&["convert", "-O", format, "-o", options], compressed, &["a.raw", "b.img"]].concat();
+        qemu_img(&dir, &args);
+        match open(&dir.path().join("b.img")).err() {
+            Some(OpenError::Unsupported { format, .. }) if format == expected => {}
+            other => panic!("{format} {options}: {other:?}"),
+        }
+        fs::remove_file(dir.path().join("b.img")).unwrap();
+    }
+}
+
+#[test]
+fn damaged_images_fail_or_read_but_never_panic_or_hang() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    raw_disk(&dir, "a.raw", 4 * MIB, 5);
+    qemu_img(&dir, &["convert", "-c", "-O", "qcow2", "a.raw", "good.qcow2"]);
+    let good = fs::read(dir.path().join("good.qcow2")).unwrap();
+    let path = dir.path().join("bad.qcow2");
+    let look = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        let Ok(image) = open(&path) else { return };
+        if image.size() > 1 << 40 {
+            return;
+        }
+        let mut at = 0;
+        let mut buf = vec![0_u8; 65536];
+        while let Ok(Some(range)) = image.next_data(at) {
+            let length = (range.end - range.start).min(65536);
+            // An error is as good as an answer here.
+            let _ = image.read_at(range.start, &mut buf[..usize::try_from(length).unwrap()]);
+            at = range.start + length;
+            if at > 64 * MIB {
+                break;
+            }
+        }
+    };
+    for cut in [0, 3, 71, 103, 512, 65_535, 65_536, 200_000, good.len() - 1] {
+        look(&good[..cut.min(good.len())]);
+    }
+    for round in 0..200_u64 {
+        let mut bytes = good.clone();
+        let places = noise(round + 100, 12);
+        for pair in places.chunks(3) {
+            // Headers and tables stand at the beginning of each of the first clusters.
+            let at = usize::from(pair[0] % 5) * 65_536 + usize::from(pair[1]) * 8 + usize::from(pair[2] % 8);
+            if let Some(byte) = bytes.get_mut(at) {
+                *byte ^= 1 << (pair[2] % 8);
+            }
+        }
+        look(&bytes);
+    }
+}
+
+#[test]
+fn what_cannot_be_a_disk_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = open(&dir.path().join("none")).err().unwrap();
+    assert!(error.to_string().contains("none"), "{error}");
+    let error = open(dir.path()).err().unwrap();
+    assert!(error.to_string().contains("a folder"), "{error}");
+    let error = open(Path::new("/dev/zero")).err().unwrap();
+    assert!(error.to_string().contains("a character device"), "{error}");
+    run("mkfifo", &["pipe"], dir.path());
+    let error = open(&dir.path().join("pipe")).err().unwrap();
+    assert!(error.to_string().contains("a pipe"), "{error}");
+    fs::write(dir.path().join("empty"), "").unwrap();
+    assert_eq!(open(&dir.path().join("empty")).unwrap().size(), 0);
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error_not_a_hang() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw_disk(&dir, "a.raw", 4 * MIB, 6);
+    let image = open(&path).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(MIB).unwrap();
+    let error = image.read_at(2 * MIB, &mut [0_u8; 4096]).unwrap_err();
+    assert!(error.to_string().contains("ends before"), "{error}");
+    assert_eq!(image.current_size().unwrap(), MIB);
+    assert_eq!(image.next_data(2 * MIB).unwrap(), None);
+}
+
+#[test]
+fn a_forced_format_is_believed() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    let path = dir.path().join("a.qcow2");
+    let raw = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
+    assert_eq!(images::open(&path, &raw).unwrap().size(), fs::metadata(&path).unwrap().len());
+    let plain = raw_disk(&dir, "a.raw", MIB, 7);
+    let qcow2 = OpenOptions { format: Some(Format::Qcow2), ..OpenOptions::default() };
+    assert!(matches!(images::open(&plain, &qcow2), Err(OpenError::Damaged { .. })));
+}
+
+/// Writes the disk at `source` in a scattered order from several threads, holes left out.
+fn write_out(source: &Path, target: &dyn images::ImageTarget) {
+    let bytes = fs::read(source).unwrap();
+    let pieces: Vec<(usize, &[u8])> = bytes.chunks(65_536).enumerate().collect();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let pieces = &pieces;
+            scope.spawn(move || {
+                for (number, piece) in pieces.iter().rev().filter(|(number, _)| number % 4 == thread) {
+                    if piece.iter().any(|byte| *byte != 0) {
+                        target.write_at(*number as u64 * 65_536, piece).unwrap();
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn written_targets_hold_the_disk_and_please_qemu() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let source = raw_disk(&dir, "a.raw", 33 * MIB + 512, 8);
+    for (name, format) in [("out.raw", TargetFormat::Raw), ("out.qcow2", TargetFormat::Qcow2)] {
+        let path = dir.path().join(name);
+        let target = images::create_target(&path, format, 33 * MIB + 512, Overwrite::Refuse).unwrap();
+        assert!(target.starts_zeroed());
+        write_out(&source, target.as_ref());
+        assert!(!path.exists(), "it has its name before it is whole");
+        target.finish().unwrap();
+        if format == TargetFormat::Qcow2 {
+            qemu_img(&dir, &["check", name]);
+        }
+        qemu_img(
+            &dir,
+            &[
+                "compare",
+                "-s",
+                "-f",
+                "raw",
+                "-F",
+                if format == TargetFormat::Raw { "raw" } else { "qcow2" },
+                "a.raw",
+                name,
+            ],
+        );
+        let on_disk = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&path).unwrap()) * 512;
+        assert!(on_disk < 2 * MIB, "{name} takes {on_disk} bytes");
+    }
+    let error =
+        images::create_target(&dir.path().join("out.raw"), TargetFormat::Raw, 1, Overwrite::Refuse).err().unwrap();
+    assert!(matches!(error, TargetError::Exists { .. }), "{error}");
+}
+
+#[test]
+fn an_unfinished_target_leaves_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.raw");
+    fs::write(&path, "precious").unwrap();
+    let target = images::create_target(&path, TargetFormat::Raw, MIB, Overwrite::Replace).unwrap();
+    target.write_at(0, b"new").unwrap();
+    drop(target);
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    let target = images::create_target(&path, TargetFormat::Raw, MIB, Overwrite::Replace).unwrap();
+    target.write_at(0, b"new").unwrap();
+    target.finish().unwrap();
+    assert_eq!(fs::read(&path).unwrap().len() as u64, MIB);
+    let error = images::create_target(dir.path(), TargetFormat::Raw, MIB, Overwrite::Replace).err().unwrap();
+    assert!(matches!(error, TargetError::Unfit { .. }), "{error}");
+}
