@@ -2,28 +2,23 @@
 
 use std::future::Future;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BufMut;
-use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit};
 
-use super::execute::{check_cover, execute, record};
-use super::outbox::{Outbox, Sent};
-use super::reply::{Batch, Reply};
+use super::execute::check_cover;
+use super::outbox::Sent;
+use super::reply::Batch;
 use super::request::{Command, Header, Refusal, Request, Terms};
-use crate::control::{Control, Membership};
-use crate::dispatch::{Dispatcher, Job};
+use super::shared::{BUDGET_UNIT, Connection, Shared, held};
+use super::stall::StallWatch;
+use crate::control::Membership;
+use crate::dispatch::Job;
 use crate::export::Piece;
-use crate::handshake::Negotiated;
-use crate::limits::Limits;
-use crate::statistics::Outcome;
-use crate::stream::Stream;
-use crate::wire::Errno;
 
 /// Input buffer: 2,300 requests without payload, or 15 writes of 4 KiB. Larger payloads are read in place.
 const INPUT: usize = 64 << 10;
@@ -36,140 +31,6 @@ const QUEUED_MAX: usize = 1 << 20;
 
 /// Loops without waiting after which other tasks get their turn.
 const TURNS: u32 = 64;
-
-/// Payload buffers of these capacities are kept for the next write, so many on each connection.
-const BUFFER_MIN: usize = 32 << 10;
-const BUFFER_MAX: usize = 1 << 20;
-const BUFFERS: usize = 4;
-
-/// Unit of the memory budget: a semaphore counts 32 bits.
-const BUDGET_UNIT: u64 = 1 << 10;
-
-/// What every connection of a server shares.
-pub(crate) struct Shared {
-    pub(crate) limits: Limits,
-    pub(crate) dispatcher: Arc<Dispatcher>,
-    /// Payload in flight over all connections, in [`BUDGET_UNIT`]s.
-    pub(crate) budget: Arc<Semaphore>,
-    budget_units: usize,
-}
-
-impl Shared {
-    pub(crate) fn new(limits: Limits) -> Shared {
-        let bytes = limits.bytes.max(crate::limits::MAX_PAYLOAD as usize) as u64;
-        let budget_units = usize::try_from(bytes / BUDGET_UNIT).unwrap_or(Semaphore::MAX_PERMITS);
-        let budget_units = budget_units.min(Semaphore::MAX_PERMITS);
-        Shared {
-            dispatcher: Arc::new(Dispatcher::new(limits.operations)),
-            budget: Arc::new(Semaphore::new(budget_units)),
-            budget_units,
-            limits,
-        }
-    }
-
-    fn is_short_of_memory(&self) -> bool {
-        self.budget.available_permits() < self.budget_units / 4
-    }
-}
-
-/// What the connection's task and the threads that work for it share.
-pub(crate) struct Connection {
-    stream: Stream,
-    control: Arc<Control>,
-    negotiated: Negotiated,
-    outbox: Outbox,
-    requests: AtomicUsize,
-    bytes: AtomicUsize,
-    /// The task waits for requests in flight to end.
-    waiting: AtomicBool,
-    /// Payload buffers to use again: fresh memory of this size costs a page fault every 4 KiB.
-    buffers: Mutex<Vec<Vec<u8>>>,
-}
-
-impl Connection {
-    pub(crate) fn new(stream: Stream, control: Arc<Control>, negotiated: Negotiated) -> Connection {
-        Connection {
-            stream,
-            control,
-            negotiated,
-            outbox: Outbox::new(),
-            requests: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            waiting: AtomicBool::new(false),
-            buffers: Mutex::default(),
-        }
-    }
-
-    /// Runs on a dispatcher thread.
-    fn perform(&self, request: &Request, payload: Vec<u8>, permit: Option<OwnedSemaphorePermit>) {
-        let mut batch = Batch::default();
-        let published = &self.negotiated.published;
-        let caught = catch_unwind(AssertUnwindSafe(|| {
-            let mut reply = self.reply(&mut batch, request.cookie, request.offset);
-            execute(published, &self.negotiated.contexts, request, &payload, &mut reply);
-        }));
-        if caught.is_err() {
-            tracing::error!(export = %published.name, cookie = request.cookie, "the export panicked");
-            batch.clear(); // nothing is submitted before the call has returned
-            self.reply(&mut batch, request.cookie, request.offset).error(Errno::Io, "internal error");
-            record(published, request, Outcome::Failed);
-        }
-        self.keep_buffer(payload);
-        if let (Command::Read { .. }, Some(permit)) = (request.command, permit) {
-            batch.hold(permit); // the data stays in memory until the client has taken it
-        }
-        let sent = self.outbox.submit(&self.stream, &mut batch);
-        // Counted down after the reply is queued, so that its bytes are always counted somewhere.
-        self.requests.fetch_sub(1, Ordering::SeqCst);
-        self.bytes.fetch_sub(held(request), Ordering::SeqCst);
-        if sent != Sent::Underway || self.waiting.load(Ordering::SeqCst) {
-            self.control.wake();
-        }
-    }
-
-    fn reply<'a>(&self, batch: &'a mut Batch, cookie: u64, offset: u64) -> Reply<'a> {
-        Reply { batch, style: self.negotiated.style, cookie, offset }
-    }
-
-    /// A buffer of at least this capacity. The length has passed the gate and the budget.
-    fn buffer(&self, length: usize) -> Vec<u8> {
-        let kept = if length < BUFFER_MIN { None } else { self.buffers().pop() };
-        let mut buffer = kept.unwrap_or_default();
-        buffer.clear();
-        buffer.reserve_exact(length);
-        buffer
-    }
-
-    fn keep_buffer(&self, buffer: Vec<u8>) {
-        if (BUFFER_MIN..=BUFFER_MAX).contains(&buffer.capacity()) {
-            let mut buffers = self.buffers();
-            if buffers.len() < BUFFERS {
-                buffers.push(buffer);
-            }
-        }
-    }
-
-    fn buffers(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
-        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn in_flight(&self) -> usize {
-        self.requests.load(Ordering::SeqCst)
-    }
-}
-
-/// Bytes a request holds while it is in flight.
-fn held(request: &Request) -> usize {
-    match request.command {
-        Command::Read { .. } | Command::Write => usize::try_from(request.length).unwrap_or(usize::MAX),
-        Command::Flush
-        | Command::Trim
-        | Command::Cache
-        | Command::WriteZeroes(_)
-        | Command::BlockStatus { .. }
-        | Command::Disconnect => 0,
-    }
-}
 
 /// Why no more requests are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -631,30 +492,5 @@ async fn granted(expect: &mut Expect) -> Result<OwnedSemaphorePermit, AcquireErr
     match expect {
         Expect::Memory { acquire, .. } => acquire.await,
         Expect::Header | Expect::Payload { .. } | Expect::Drain { .. } => std::future::pending().await,
-    }
-}
-
-/// Notices that a client has taken nothing for a while.
-struct StallWatch {
-    period: Duration,
-    sleep: Option<Pin<Box<Sleep>>>,
-    written: u64,
-}
-
-impl StallWatch {
-    fn new(period: Duration) -> StallWatch {
-        StallWatch { period, sleep: None, written: 0 }
-    }
-
-    /// Returns each time a period has passed in which `written` did not change.
-    async fn expired(&mut self, written: u64) {
-        if self.sleep.is_none() || self.written != written {
-            self.written = written;
-            self.sleep = None;
-        }
-        let deadline = Instant::now() + self.period;
-        let sleep = self.sleep.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
-        sleep.as_mut().await;
-        self.sleep = None;
     }
 }

@@ -15,6 +15,9 @@ mod execute;
 mod outbox;
 mod reply;
 mod request;
+mod shared;
+mod stall;
 
-pub(crate) use connection::{Connection, Shared, run};
+pub(crate) use connection::run;
 pub(crate) use request::HeaderStyle;
+pub(crate) use shared::{Connection, Shared};
