@@ -1,13 +1,13 @@
 //! [`LocalFolder`]: a directory of the host, its files reached with `pread` and `pwrite`.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, IoSliceMut, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::{Disk, Entry, Folder};
 
@@ -196,6 +196,16 @@ fn check_kind(path: &Path) -> io::Result<Kind> {
 impl Disk for LocalDisk {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
+    }
+
+    fn read_resident_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        let wanted = buf.len();
+        match preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) => Ok(read == wanted),
+            // Part of it would wait, or the file system cannot tell.
+            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -18,6 +18,12 @@ pub trait Disk: Send + Sync + Debug {
     /// Fills `buf` from `offset`. Bytes past the end are an [`io::ErrorKind::UnexpectedEof`] error.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
+    /// Fills `buf` from `offset` if that needs no waiting for a device, else returns false and leaves anything in it.
+    fn read_resident_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        let _ = (offset, buf);
+        Ok(false)
+    }
+
     /// Writes all of `data` at `offset`, extending the file if needed. Durable only after [`Disk::sync`].
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 

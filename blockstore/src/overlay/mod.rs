@@ -1,1 +1,266 @@
-//! Overlay.
+//! [`Overlay`]: takes a guest's writes above a recovery point that never changes, and keeps what it acknowledged.
+//! Specification, with the order of durable writes and what a crash leaves: docs/format/overlay.md
+//!
+//! - What a completed [`Overlay::flush`] covers survives a crash at any point. What no flush covers reads as the old or
+//!   the new bytes, sector by sector.
+//! - A failed sync, or a failed write that is not for lack of space, poisons the overlay: later writes and flushes are
+//!   refused, reads are served, only opening again leads on.
+//! - Writers of the same grains take turns; readers and flushes wait for nobody's storage.
+
+mod commit;
+mod error;
+mod format;
+mod intervals;
+mod journal;
+mod map;
+mod ranges;
+mod read;
+mod write;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+use crate::base::Base;
+use crate::disk::{Disk, Folder};
+use commit::{Commits, Dirty};
+use format::{GRAIN, Header};
+use journal::Journal;
+use map::GrainMap;
+use ranges::RangeLocks;
+
+pub use error::{Action, Damage, OverlayError, OverlayIdentity};
+pub use read::ChangedExtent;
+
+const DATA_NAME: &str = "data";
+
+/// What an overlay takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Grains of 4 KiB in the data file.
+    pub data_grains: u64,
+    /// Grains that are zero and take no space.
+    pub zero_grains: u64,
+    /// Length of the journal without its reserve.
+    pub journal_bytes: u64,
+}
+
+/// A writable disk above a base. All methods may be called from several threads.
+#[derive(Debug)]
+pub struct Overlay {
+    place: Place,
+    size: u64,
+    base: Arc<dyn Base>,
+    /// Its lock is what keeps a second opener out.
+    data: Arc<dyn Disk>,
+    map: GrainMap,
+    ranges: RangeLocks,
+    dirty: Mutex<Dirty>,
+    /// Counts changes of the data file, each once it is complete.
+    writes: AtomicU64,
+    journal: Mutex<Journal>,
+    journal_bytes: AtomicU64,
+    commits: Mutex<Commits>,
+    committed: Condvar,
+    poisoned: AtomicBool,
+}
+
+impl Overlay {
+    /// Makes an empty overlay in `dir`: the files `data` and `journal`. Durable when it returns. What a crash left of
+    /// an earlier call is taken over; an existing overlay is refused.
+    pub fn create(
+        folder: Arc<dyn Folder>,
+        dir: &Path,
+        identity: OverlayIdentity,
+        base: Arc<dyn Base>,
+    ) -> Result<Overlay, OverlayError> {
+        let place = Place { folder, dir: dir.to_path_buf() };
+        check_base(&identity, &*base)?;
+        if !format::fits(&identity) {
+            return Err(OverlayError::Limits);
+        }
+        // 1. `data`, locked, of its full length, synced.
+        place.folder.create_dir(dir).map_err(|error| Action::Create.failed(&place.shown(""), error))?;
+        place.refuse_existing()?;
+        match place.folder.create(&place.file(DATA_NAME)) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Action::Create.failed(&place.shown(DATA_NAME), error));
+            }
+            _ => {}
+        }
+        let data = place.lock_data()?;
+        place.refuse_existing()?; // now nobody else can make one
+        let size = identity.size;
+        let path = place.shown(DATA_NAME);
+        let sized = data.set_len(0).and_then(|()| data.set_len(size));
+        sized.map_err(|error| Action::Write.failed(&path, error))?;
+        data.sync().map_err(|error| Action::Sync.failed(&path, error))?;
+        // 2. Its name, before any journal can exist.
+        place.sync()?;
+        // 3, 4. The journal, complete before it has its name.
+        let map = GrainMap::new(size.div_ceil(GRAIN));
+        let mut journal = Journal::write_new(&place, Header { generation: 1, identity }, &map, journal::COMPACT_MIN)?;
+        journal.sync()?;
+        journal.install(&place)?;
+        Ok(Overlay::assemble(place, base, data, map, journal))
+    }
+
+    /// Opens an overlay after a stop or a crash. A second opener is refused as long as the first lives, and so is one
+    /// that expects another identity.
+    pub fn open(
+        folder: Arc<dyn Folder>,
+        dir: &Path,
+        identity: OverlayIdentity,
+        base: Arc<dyn Base>,
+    ) -> Result<Overlay, OverlayError> {
+        let place = Place { folder, dir: dir.to_path_buf() };
+        check_base(&identity, &*base)?;
+        let data = place.lock_data()?;
+        match place.folder.remove(&place.file(journal::NEW_NAME)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Action::Open.failed(&place.shown(journal::NEW_NAME), error));
+            }
+            _ => {}
+        }
+        let (journal, map) = Journal::load(&place)?;
+        let found = &journal.header().identity;
+        if *found != identity {
+            return Err(OverlayError::Mismatch {
+                dir: place.shown(""),
+                found: Box::new(found.clone()),
+                expected: Box::new(identity),
+            });
+        }
+        let path = place.shown(DATA_NAME);
+        let len = data.len().map_err(|error| Action::Read.failed(&path, error))?;
+        if len < identity.size {
+            return Err(OverlayError::Damaged { path, offset: len, damage: Damage::TooShort });
+        }
+        Ok(Overlay::assemble(place, base, data, map, journal))
+    }
+
+    fn assemble(place: Place, base: Arc<dyn Base>, data: Arc<dyn Disk>, map: GrainMap, journal: Journal) -> Overlay {
+        Overlay {
+            size: journal.header().identity.size,
+            place,
+            base,
+            data,
+            map,
+            ranges: RangeLocks::default(),
+            dirty: Mutex::default(),
+            writes: AtomicU64::new(0),
+            journal_bytes: AtomicU64::new(journal.bytes()),
+            journal: Mutex::new(journal),
+            commits: Mutex::default(),
+            committed: Condvar::new(),
+            poisoned: AtomicBool::new(false),
+        }
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// What the overlay takes.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            data_grains: self.map.data_grains(),
+            zero_grains: self.map.zero_grains(),
+            journal_bytes: self.journal_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Whether an earlier failure lets it take no more writes.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    fn check_poison(&self) -> Result<(), OverlayError> {
+        if self.is_poisoned() { Err(OverlayError::Poisoned { dir: self.place.shown("") }) } else { Ok(()) }
+    }
+
+    /// Poisons the overlay unless `error` is one that leaves everything known.
+    fn judge(&self, error: OverlayError) -> OverlayError {
+        if matches!(error, OverlayError::Io { .. }) && !self.poisoned.swap(true, Ordering::AcqRel) {
+            tracing::error!(overlay = %self.place.shown("").display(), %error, "the overlay takes no more writes");
+        }
+        error
+    }
+
+    fn check_range(&self, offset: u64, length: u64) -> Result<(), OverlayError> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(OverlayError::OutOfRange { offset, length, size: self.size }),
+        }
+    }
+}
+
+fn check_base(identity: &OverlayIdentity, base: &dyn Base) -> Result<(), OverlayError> {
+    if base.size() == identity.size {
+        return Ok(());
+    }
+    Err(OverlayError::BaseSize { base: base.size(), expected: identity.size })
+}
+
+/// Where an overlay's files stand.
+#[derive(Debug, Clone)]
+struct Place {
+    folder: Arc<dyn Folder>,
+    dir: PathBuf,
+}
+
+impl Place {
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// A path for a message.
+    fn shown(&self, name: &str) -> PathBuf {
+        let path = if name.is_empty() { self.dir.clone() } else { self.file(name) };
+        self.folder.real_path(&path).unwrap_or(path)
+    }
+
+    fn sync(&self) -> Result<(), OverlayError> {
+        self.folder.sync_dir(&self.dir).map_err(|error| Action::Sync.failed(&self.shown(""), error))
+    }
+
+    fn busy(&self) -> OverlayError {
+        OverlayError::Busy { dir: self.shown("") }
+    }
+
+    fn missing(&self) -> OverlayError {
+        OverlayError::Missing { dir: self.shown("") }
+    }
+
+    fn has_journal(&self) -> Result<bool, OverlayError> {
+        match self.folder.open_read(&self.file(journal::NAME)) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Action::Open.failed(&self.shown(journal::NAME), error)),
+        }
+    }
+
+    fn refuse_existing(&self) -> Result<(), OverlayError> {
+        if self.has_journal()? { Err(OverlayError::Exists { dir: self.shown("") }) } else { Ok(()) }
+    }
+
+    fn lock_data(&self) -> Result<Arc<dyn Disk>, OverlayError> {
+        match self.folder.open_exclusive(&self.file(DATA_NAME)) {
+            Ok(data) => Ok(data),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(self.busy()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if self.has_journal()? {
+                    let path = self.shown(DATA_NAME);
+                    return Err(OverlayError::Damaged { path, offset: 0, damage: Damage::Missing });
+                }
+                Err(self.missing())
+            }
+            Err(error) => Err(Action::Open.failed(&self.shown(DATA_NAME), error)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

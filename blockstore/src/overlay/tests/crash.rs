@@ -1,0 +1,200 @@
+//! The power goes off at each operation in turn: what a completed flush covered is there, the rest is old or new.
+
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::sim::SimFolder;
+
+const DISK: u64 = 24 * 4096 + 1500;
+
+/// What each byte may read as after a crash: its value at the last flush that completed, or a later one.
+struct Promise {
+    flushed: Vec<u8>,
+    now: Vec<u8>,
+    later: Vec<BTreeSet<u8>>,
+}
+
+impl Promise {
+    fn new(bytes: Vec<u8>) -> Promise {
+        Promise { later: vec![BTreeSet::new(); bytes.len()], now: bytes.clone(), flushed: bytes }
+    }
+
+    /// Before the operation, because it may be cut off in the middle.
+    fn will_write(&mut self, offset: u64, data: &[u8]) {
+        let start = usize::try_from(offset).unwrap();
+        for (at, byte) in (start..).zip(data) {
+            self.now[at] = *byte;
+            self.later[at].insert(*byte);
+        }
+    }
+
+    fn has_flushed(&mut self) {
+        self.flushed.clone_from(&self.now);
+        self.later.iter_mut().for_each(BTreeSet::clear);
+    }
+
+    fn assert_kept(&self, found: &[u8], context: &str) {
+        assert_eq!(found.len(), self.flushed.len());
+        for (at, byte) in found.iter().enumerate() {
+            let allowed = *byte == self.flushed[at] || self.later[at].contains(byte);
+            assert!(
+                allowed,
+                "{context}: byte {at} is {byte}, was flushed as {}, later {:?}",
+                self.flushed[at], self.later[at]
+            );
+        }
+    }
+}
+
+/// Numbers from a seed (the generator of Park and Miller).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = (self.0 + 1) * 48271 % 0x7fff_ffff;
+        (self.0 >> 3) % bound
+    }
+}
+
+/// Runs the workload of a seed until it ends or the machine is off.
+fn run(overlay: &Overlay, promise: &mut Promise, seed: u64, steps: u64) -> Result<(), OverlayError> {
+    let mut numbers = Numbers(seed);
+    for step in 0..steps {
+        let offset = match numbers.below(3) {
+            0 => numbers.below(DISK / 4096) * 4096,
+            1 => numbers.below(DISK / 512) * 512,
+            _ => numbers.below(DISK),
+        };
+        let length = [700, 4096, 512, 9000, 20_000][usize::try_from(numbers.below(5)).unwrap()].min(DISK - offset);
+        let byte = u8::try_from(1 + (seed + step) % 250).unwrap();
+        match numbers.below(8) {
+            0 | 1 => {
+                overlay.flush()?;
+                promise.has_flushed();
+            }
+            2 => {
+                promise.will_write(offset, &vec![0; usize::try_from(length).unwrap()]);
+                overlay.trim(offset, length)?;
+            }
+            3 => {
+                promise.will_write(offset, &vec![0; usize::try_from(length).unwrap()]);
+                overlay.write_zeroes(offset, length, step % 2 == 0)?;
+            }
+            _ => {
+                let data = vec![byte; usize::try_from(length).unwrap()];
+                promise.will_write(offset, &data);
+                overlay.write(offset, &data)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Opens what a crash left; an overlay whose creation did not complete is created again.
+fn reopen(folder: &SimFolder, created: bool, context: &str) -> Overlay {
+    match open(folder, DISK) {
+        Ok(overlay) => overlay,
+        Err(OverlayError::Missing { .. }) if !created => {
+            create(folder, DISK).unwrap_or_else(|error| panic!("{context}: {error}"))
+        }
+        Err(error) => panic!("{context}: {error}"),
+    }
+}
+
+fn crash_everywhere(seed: u64, compact_min: u64) {
+    const STEPS: u64 = 40;
+    let counted = SimFolder::new(seed);
+    let overlay = create(&counted, DISK).unwrap();
+    overlay.journal.lock().unwrap().set_compact_min(compact_min);
+    run(&overlay, &mut Promise::new(base_bytes(DISK)), seed, STEPS).unwrap();
+    drop(overlay);
+    let operations = counted.operations();
+    assert!(operations > 50);
+    for cut in 0..=operations {
+        let folder = SimFolder::new(seed).crash_at(cut);
+        let mut promise = Promise::new(base_bytes(DISK));
+        let created = create(&folder, DISK).map(|overlay| {
+            overlay.journal.lock().unwrap().set_compact_min(compact_min);
+            // A last operation that gives space back, or prepares the journal, may fail unseen.
+            let _ = run(&overlay, &mut promise, seed, STEPS);
+            assert_eq!(folder.is_off(), cut < operations, "seed {seed}, cut {cut}");
+        });
+        for outcome in 0..4 {
+            let context =
+                format!("seed {seed}, cut {cut} of {operations}, outcome {outcome}, compaction {compact_min}");
+            let after = folder.after_crash_with(seed ^ (outcome << 32));
+            let overlay = reopen(&after, created.is_ok(), &context);
+            let found = read(&overlay, 0, DISK);
+            promise.assert_kept(&found, &context);
+
+            // Life goes on, and the power goes off again, also while the tail of the first crash is being cut off.
+            let mut promise = Promise::new(found);
+            drop(overlay);
+            let again = after.after_crash_with(outcome).crash_at(cut * 7 % 23 + outcome);
+            let lived = open(&again, DISK).and_then(|overlay| run(&overlay, &mut promise, seed + outcome + 1, 12));
+            drop(lived);
+            let last = again.after_crash();
+            let overlay = reopen(&last, true, &context);
+            promise.assert_kept(&read(&overlay, 0, DISK), &context);
+        }
+    }
+}
+
+#[test]
+fn flushed_writes_survive_a_crash_at_every_disk_operation() {
+    for seed in 1..=6 {
+        crash_everywhere(seed, 4 << 20);
+    }
+}
+
+#[test]
+fn flushed_writes_survive_a_crash_at_every_disk_operation_of_compactions() {
+    for seed in 11..=14 {
+        crash_everywhere(seed, 1);
+        crash_everywhere(seed, 6000);
+    }
+}
+
+#[test]
+fn a_power_cut_takes_nothing_that_was_flushed_while_others_wrote() {
+    for seed in 0..30 {
+        let folder = SimFolder::new(seed).crash_at(40 + seed * 9);
+        let Ok(overlay) = create(&folder, DISK) else { panic!("the cut comes later") };
+        // Each thread owns six grains, and knows the last round of its own that was flushed.
+        let flushed: Vec<u8> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4u64)
+                .map(|thread| {
+                    let overlay = &overlay;
+                    scope.spawn(move || {
+                        let mut flushed = 0;
+                        for round in 1..=50u8 {
+                            let written = (0..6)
+                                .try_for_each(|grain| overlay.write((thread * 6 + grain) * 4096 + 100, &[round; 3000]));
+                            if written.and_then(|()| overlay.flush()).is_err() {
+                                break;
+                            }
+                            flushed = round;
+                        }
+                        flushed
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        drop(overlay);
+        let overlay = open(&folder.after_crash(), DISK).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        for (thread, flushed) in flushed.into_iter().enumerate() {
+            for grain in 0..6 {
+                let offset = (thread as u64 * 6 + grain) * 4096 + 100;
+                let found = read(&overlay, offset, 3000);
+                let base = base_bytes(DISK);
+                let at = usize::try_from(offset).unwrap();
+                if flushed == 0 && found == base[at..at + 3000] {
+                    continue;
+                }
+                let old_or_new = found.iter().all(|byte| *byte == flushed || *byte == flushed + 1);
+                assert!(old_or_new || flushed == 0, "seed {seed}, thread {thread}: flushed {flushed}, found {found:?}");
+            }
+        }
+    }
+}
