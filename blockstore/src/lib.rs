@@ -1,8 +1,42 @@
 //! The store of Lifeboat: a repository of deduplicated, compressed, encrypted chunks, and the durable overlay that
 //! takes a running guest's writes.
+//!
+//! [`Repository`] makes and opens repositories, [`Backup`] adds recovery points to them, [`PointDisk`] reads their
+//! disks, [`restore()`] writes a disk back in full. The formats are specified in docs/format/.
+#![deny(unsafe_code)] // but for `mapping`
 
+pub mod backup;
 pub mod base;
 pub mod disk;
 pub mod error;
+pub mod format;
+mod id;
+mod index;
+mod keys;
+mod manifest;
+mod mapping;
 pub mod overlay;
+mod pack;
+mod point;
+mod progress;
+mod read;
+mod repository;
+mod restore;
 pub mod sim;
+pub mod storage;
+
+pub use backup::{Backup, BackupError, DiskStats, FileSource, PointDetails, Source};
+pub use base::{Base, Extent, Segment};
+pub use error::ReadError;
+pub use format::FormatError;
+pub use id::{ChunkId, PackId, ParseIdError, RecoveryPointId, RepositoryId, RunId, SlotId};
+pub use keys::{Protection, Secret};
+pub use mapping::Mapping;
+pub use point::{Consistency, PointStats, PointedDisk, RecoveryPoint};
+pub use progress::Progress;
+pub use read::PointDisk;
+pub use repository::{
+    Affected, Damage, InitError, OpenError, Repository, RepositoryStats, VerifyError, VerifyOptions, VerifyReport,
+};
+pub use restore::{RestoreError, RestoreStats, Target, ZeroPolicy, restore};
+pub use storage::{LocalStorage, Storage};

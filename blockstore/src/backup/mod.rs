@@ -1,0 +1,266 @@
+//! [`Backup`]: captures disks into a new recovery point.
+//!
+//! Durable writes, in this order (docs/format/repository.md): packs, index runs, the point, and only then the merge of
+//! small runs. A backup that fails or is dropped leaves at most packs and runs that no point needs.
+
+mod pipeline;
+mod source;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use source::{FileSource, Source};
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use tracing::{info, warn};
+
+use crate::error::ReadError;
+use crate::format::FormatError;
+use crate::keys::random;
+use crate::manifest::Shape;
+use crate::point::{Consistency, MAX_DISKS, PointStats, PointText, PointedDisk, RecoveryPoint, is_disk_name};
+use crate::progress::Progress;
+use crate::read::{ManifestReader, ReadShared};
+use crate::storage::{Object, is_no_space};
+use pipeline::Capture;
+use writer::{Shared, Writer};
+
+/// Why a backup failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// The source could not be read.
+    #[error("cannot read disk {disk:?} of the source at offset {offset}")]
+    Source {
+        /// Which disk.
+        disk: String,
+        /// Where the failed read began.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// The source was resized meanwhile.
+    #[error("disk {disk:?} changed its size from {before} to {after} bytes while it was read")]
+    SourceChanged {
+        /// Which disk.
+        disk: String,
+        /// Size at the beginning.
+        before: u64,
+        /// Size at the end.
+        after: u64,
+    },
+    /// The repository's storage is full.
+    #[error("no space left in the repository for {object}")]
+    NoSpace {
+        /// What could not be written.
+        object: String,
+        /// What the storage said.
+        source: io::Error,
+    },
+    /// The repository's storage failed.
+    #[error("cannot write {object}")]
+    Storage {
+        /// What could not be written.
+        object: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The parent's manifest cannot be read; a backup without parent is possible.
+    #[error("cannot read the parent recovery point")]
+    Parent(#[source] ReadError),
+    /// The recovery point cannot be written down.
+    #[error("the recovery point cannot be sealed")]
+    Point(#[source] FormatError),
+    /// The disk is too large, has an unusable name, one used already, or is one too many.
+    #[error("disk {disk:?} cannot be part of the recovery point: {reason}")]
+    Disk {
+        /// Which disk.
+        disk: String,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// No randomness from the operating system.
+    #[error("no randomness from the operating system")]
+    Randomness(#[source] io::Error),
+    /// No threads, or no memory for their contexts.
+    #[error("cannot start worker threads")]
+    Threads(#[source] io::Error),
+    /// The caller cancelled.
+    #[error("the backup was cancelled")]
+    Cancelled,
+    /// An earlier step of this backup failed; begin a new one.
+    #[error("an earlier step of this backup failed")]
+    Failed,
+}
+
+impl BackupError {
+    fn storage(object: Object, source: io::Error) -> BackupError {
+        BackupError::write(object.to_string(), source)
+    }
+
+    fn index(source: io::Error) -> BackupError {
+        BackupError::write("an index run".to_owned(), source)
+    }
+
+    fn write(object: String, source: io::Error) -> BackupError {
+        if is_no_space(&source) {
+            BackupError::NoSpace { object, source }
+        } else {
+            BackupError::Storage { object, source }
+        }
+    }
+}
+
+/// What capturing a disk did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DiskStats {
+    /// Size of the disk.
+    pub size: u64,
+    /// Bytes read from the source; holes are not read.
+    pub read: u64,
+    /// Chunks that were not in the repository.
+    pub new_chunks: u64,
+    /// Their length before compression.
+    pub new_bytes: u64,
+    /// Manifest nodes that were not in the repository.
+    pub new_nodes: u64,
+    /// Chunks that are as in the parent.
+    pub unchanged_chunks: u64,
+}
+
+/// What the caller knows about a recovery point besides its disks.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PointDetails {
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// How consistent the disks are.
+    pub consistency: Consistency,
+    /// The machine's definition; null if unknown.
+    pub hardware: serde_json::Value,
+}
+
+/// A recovery point in the making. Dropped without [`Backup::seal`] it leaves nothing that counts.
+pub struct Backup {
+    read: Arc<ReadShared>,
+    shared: Arc<Shared>,
+    writer: Option<Writer>,
+    machine: String,
+    parent: Option<RecoveryPoint>,
+    disks: Vec<PointedDisk>,
+    stats: PointStats,
+    began: Instant,
+    time_unix_ns: u64,
+}
+
+impl std::fmt::Debug for Backup {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Backup").field("machine", &self.machine).field("disks", &self.disks).finish_non_exhaustive()
+    }
+}
+
+impl Backup {
+    pub(crate) fn begin(
+        read: Arc<ReadShared>,
+        machine: &str,
+        parent: Option<&RecoveryPoint>,
+        progress: Arc<Progress>,
+    ) -> Result<Backup, BackupError> {
+        let shared = Shared::new(read.fetcher.clone(), progress);
+        let shared = Arc::new(shared.map_err(|source| BackupError::write("packs".to_owned(), source))?);
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Ok(Backup {
+            read,
+            writer: Some(Writer::new(shared.clone())?),
+            shared,
+            machine: machine.to_owned(),
+            parent: parent.cloned(),
+            disks: Vec::new(),
+            stats: PointStats::default(),
+            began: Instant::now(),
+            time_unix_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
+        })
+    }
+
+    /// Captures a disk. Chunks equal to the parent's disk of the same name are neither looked up nor stored. After an
+    /// error the backup is lost: every later call returns [`BackupError::Failed`].
+    pub fn add_disk(&mut self, name: &str, source: &dyn Source) -> Result<DiskStats, BackupError> {
+        let Some(mut writer) = self.writer.take() else { return Err(BackupError::Failed) };
+        let captured = self.capture(name, source, &mut writer)?; // an error drops the writer
+        self.writer = Some(writer);
+        Ok(captured)
+    }
+
+    fn capture(&mut self, name: &str, source: &dyn Source, writer: &mut Writer) -> Result<DiskStats, BackupError> {
+        let refuse = |reason| BackupError::Disk { disk: name.to_owned(), reason };
+        if !is_disk_name(name) {
+            return Err(refuse("its name is empty, too long or holds a slash or control characters"));
+        }
+        if self.disks.iter().any(|disk| disk.name == name) {
+            return Err(refuse("another disk has this name"));
+        }
+        if self.disks.len() >= MAX_DISKS {
+            return Err(refuse("there are too many disks"));
+        }
+        let size = source.size();
+        let chunk_size = self.read.fetcher.config.chunk_size;
+        let shape = Shape::of(size, chunk_size).ok_or(refuse("it is too large"))?;
+        let parent = self.parent.as_ref().and_then(|parent| parent.disk(name));
+        let parent = match parent {
+            Some(disk) => Some(ManifestReader::new(self.read.clone(), disk).map_err(BackupError::Parent)?),
+            None => None,
+        };
+        self.shared.progress.add_total(size);
+        let capture = Capture { name, source, size, shape, parent: parent.as_ref(), shared: &self.shared };
+        let (root, mut stats) = capture.run(writer)?;
+        let after = source.current_size();
+        let after = after.map_err(|source| BackupError::Source { disk: name.to_owned(), offset: size, source })?;
+        if after != size {
+            return Err(BackupError::SourceChanged { disk: name.to_owned(), before: size, after });
+        }
+        stats.size = size;
+        self.stats.read += stats.read;
+        self.stats.new_chunks += stats.new_chunks;
+        self.stats.new_bytes += stats.new_bytes;
+        self.stats.unchanged_chunks += stats.unchanged_chunks;
+        self.disks.push(PointedDisk { name: name.to_owned(), size, chunk_size, root });
+        Ok(stats)
+    }
+
+    /// Makes everything durable and writes the recovery point.
+    ///
+    /// Order: (1) packs, (2) index runs, (3) the point, (4) merged runs. A point before 1 or 2 could survive a power
+    /// cut that takes what it names.
+    pub fn seal(mut self, details: PointDetails) -> Result<RecoveryPoint, BackupError> {
+        let Some(writer) = self.writer.take() else { return Err(BackupError::Failed) };
+        if self.shared.progress.is_cancelled() {
+            return Err(BackupError::Cancelled);
+        }
+        writer.finish()?;
+        self.stats.stored_bytes = self.shared.stored();
+        self.stats.seconds = self.began.elapsed().as_secs_f64();
+        let text = PointText {
+            machine: self.machine.clone(),
+            time_unix_ns: self.time_unix_ns,
+            disks: std::mem::take(&mut self.disks),
+            hardware: details.hardware,
+            parent: self.parent.as_ref().map(|parent| parent.id),
+            labels: details.labels,
+            consistency: details.consistency,
+            stats: self.stats,
+        };
+        let fetcher = &self.read.fetcher;
+        let salt = random().map_err(BackupError::Randomness)?;
+        let (bytes, point) = text.seal(salt, &fetcher.config, &fetcher.keyring).map_err(BackupError::Point)?;
+        let object = Object::Point(point.id);
+        fetcher.storage.put(&object, &bytes).map_err(|source| BackupError::storage(object, source))?;
+        info!(machine = self.machine, point = %point.id, stored = self.stats.stored_bytes, "recovery point written");
+        if let Err(error) = fetcher.index.merge_small() {
+            warn!(%error, "index runs not merged, the next backup will try again");
+        }
+        Ok(point)
+    }
+}

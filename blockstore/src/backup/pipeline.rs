@@ -1,0 +1,383 @@
+//! The capture of one disk: all cores read, hash and compress; one thread packs, in disk order.
+//!
+//! ```text
+//! dispenser (mutex)    -> workers: read, hash, compare, compress -> window (ordered, bounded) -> packer
+//! units of about 1 MiB                                                                           writer, tree
+//! ```
+//! Memory is bounded by the window: a worker takes a unit only while the packer is less than [`Window::len`] behind.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use super::source::Source;
+use super::writer::{Shared, Writer};
+use super::{BackupError, DiskStats};
+use crate::format::pack::PackKind;
+use crate::id::ChunkId;
+use crate::manifest::{FAN_OUT, NODE_LEN, Node, Shape, TreeBuilder};
+use crate::pack::builder::{Compressor, Payload};
+use crate::read::ManifestReader;
+
+/// A unit of work reads about this much.
+const UNIT_BYTES: u64 = 1 << 20;
+/// Level of zstd.
+const ZSTD_LEVEL: i32 = 1;
+/// How long the packer waits before it looks whether it was cancelled.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What a disk is captured with.
+pub(super) struct Capture<'a> {
+    pub name: &'a str,
+    pub source: &'a dyn Source,
+    pub size: u64,
+    pub shape: Shape,
+    pub parent: Option<&'a ManifestReader>,
+    pub shared: &'a Shared,
+}
+
+/// Consecutive chunks: to read, or known to be a hole.
+struct Unit {
+    number: u64,
+    chunks: Range<u64>,
+    hole: bool,
+    /// The parent's leaf that covers them.
+    leaf: Node,
+}
+
+/// What became of a chunk.
+enum Captured {
+    Zero,
+    Known(ChunkId),
+    New { id: ChunkId, payload: Range<usize>, compressed: bool },
+}
+
+struct Done {
+    chunks: Vec<Captured>,
+    zeroes: u64,
+    payloads: Vec<u8>,
+    unchanged: u64,
+    read: u64,
+}
+
+struct Dispenser {
+    number: u64,
+    chunk: u64,
+    /// The data range found last, in bytes.
+    data: Option<Range<u64>>,
+    leaf: Option<(u64, Node)>,
+}
+
+struct Order {
+    done: BTreeMap<u64, Done>,
+    /// The unit the packer wants next.
+    next: u64,
+    /// How many units there are, once known.
+    units: Option<u64>,
+    buffers: Vec<Vec<u8>>,
+}
+
+struct Window {
+    order: Mutex<Order>,
+    changed: Condvar,
+    len: u64,
+}
+
+impl Window {
+    fn lock(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, order: MutexGuard<'a, Order>) -> MutexGuard<'a, Order> {
+        self.changed.wait_timeout(order, TICK).unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+impl Capture<'_> {
+    /// Captures the disk and returns its root.
+    pub fn run(&self, writer: &mut Writer) -> Result<(ChunkId, DiskStats), BackupError> {
+        let workers = thread::available_parallelism().map_or(2, |cores| cores.get().min(32));
+        let dispenser = Mutex::new(Dispenser { number: 0, chunk: 0, data: None, leaf: None });
+        let window = Window {
+            order: Mutex::new(Order { done: BTreeMap::new(), next: 0, units: None, buffers: Vec::new() }),
+            changed: Condvar::new(),
+            len: workers as u64 * 3 + 2,
+        };
+        thread::scope(|scope| {
+            for _ in 0..workers {
+                let worker = thread::Builder::new().name("capture".to_owned());
+                let started = worker.spawn_scoped(scope, || {
+                    let _bell = Bell { shared: self.shared, window: &window };
+                    if let Err(error) = self.work(&dispenser, &window) {
+                        self.shared.fail(error);
+                    }
+                });
+                if let Err(error) = started {
+                    self.shared.fail(BackupError::Threads(error));
+                    break;
+                }
+            }
+            let packed = self.pack(&window, writer);
+            if let Err(error) = packed {
+                self.shared.fail(error);
+                window.changed.notify_all();
+                return Err(self.shared.take_failure().unwrap_or(BackupError::Failed));
+            }
+            packed
+        })
+    }
+
+    fn stopped(&self) -> bool {
+        self.shared.has_failed() || self.shared.progress.is_cancelled()
+    }
+
+    fn chunk_size(&self) -> u64 {
+        u64::from(self.shared.fetcher.config.chunk_size)
+    }
+
+    fn work(&self, dispenser: &Mutex<Dispenser>, window: &Window) -> Result<(), BackupError> {
+        let mut compressor = Compressor::new(ZSTD_LEVEL).map_err(BackupError::Threads)?;
+        let mut plain = Vec::new();
+        while !self.stopped() {
+            let unit = {
+                let mut dispenser = dispenser.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut order = window.lock();
+                while dispenser.number >= order.next + window.len && !self.stopped() {
+                    order = window.wait(order);
+                }
+                drop(order);
+                if self.stopped() {
+                    return Ok(());
+                }
+                self.dispense(&mut dispenser)?
+            };
+            let Some(unit) = unit else {
+                let units = dispenser.lock().unwrap_or_else(PoisonError::into_inner).number;
+                window.lock().units = Some(units);
+                window.changed.notify_all();
+                return Ok(());
+            };
+            let buffer = window.lock().buffers.pop().unwrap_or_default();
+            let number = unit.number;
+            let done = self.capture(&unit, &mut plain, buffer, &mut compressor)?;
+            window.lock().done.insert(number, done);
+            window.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// The next unit; it never crosses a leaf of the manifest. None at the end of the disk.
+    fn dispense(&self, at: &mut Dispenser) -> Result<Option<Unit>, BackupError> {
+        if at.chunk >= self.shape.chunks || self.size == 0 {
+            return Ok(None);
+        }
+        let size = self.chunk_size();
+        let offset = at.chunk * size;
+        let stale = at.data.as_ref().is_none_or(|data| data.end <= offset);
+        if stale {
+            let error = |source| BackupError::Source { disk: self.name.to_owned(), offset, source };
+            let found = self.source.next_data(offset).map_err(error)?;
+            let data = match found {
+                Some(range) => range.start.max(offset)..range.end.min(self.size),
+                None => self.size..u64::MAX, // a hole to the end
+            };
+            if data.start >= data.end {
+                return Err(error(io::Error::new(io::ErrorKind::InvalidData, "the source names an empty data range")));
+            }
+            at.data = Some(data);
+        }
+        let data = at.data.clone().unwrap_or(0..self.size);
+        let first_data = (data.start / size).clamp(at.chunk, self.shape.chunks);
+        let number = at.number;
+        at.number += 1;
+        let start = at.chunk;
+        if first_data > start || data.start >= self.size {
+            // At the end of the disk a hole may end inside the last chunk.
+            let end = if data.start >= self.size { self.shape.chunks } else { first_data };
+            at.chunk = end;
+            return Ok(Some(Unit { number, chunks: start..end, hole: true, leaf: Node::ZERO }));
+        }
+        let data_end = data.end.div_ceil(size).min(self.shape.chunks);
+        let leaf_end = (start / FAN_OUT + 1) * FAN_OUT;
+        let end = data_end.min(leaf_end).min(start + (UNIT_BYTES / size).max(1));
+        at.chunk = end;
+        let leaf = self.parent_leaf(at, start / FAN_OUT)?;
+        Ok(Some(Unit { number, chunks: start..end, hole: false, leaf }))
+    }
+
+    fn parent_leaf(&self, at: &mut Dispenser, leaf: u64) -> Result<Node, BackupError> {
+        let Some(parent) = self.parent else { return Ok(Node::ZERO) };
+        match &at.leaf {
+            Some((known, node)) if *known == leaf => Ok(node.clone()),
+            _ => {
+                let node = parent.leaf(leaf).map_err(BackupError::Parent)?;
+                at.leaf = Some((leaf, node.clone()));
+                Ok(node)
+            }
+        }
+    }
+
+    fn capture(
+        &self,
+        unit: &Unit,
+        plain: &mut Vec<u8>,
+        mut payloads: Vec<u8>,
+        compressor: &mut Compressor,
+    ) -> Result<Done, BackupError> {
+        payloads.clear();
+        let count = unit.chunks.end - unit.chunks.start;
+        if unit.hole {
+            return Ok(Done { chunks: Vec::new(), zeroes: count, payloads, unchanged: 0, read: 0 });
+        }
+        let size = self.chunk_size();
+        let offset = unit.chunks.start * size;
+        let len = count * size; // bounded: a unit, or one chunk
+        let real = len.min(self.size - offset);
+        let to_usize = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX); // below 5 MiB
+        plain.clear();
+        plain.resize(to_usize(len), 0); // the last chunk is padded with zeroes
+        let target = plain.get_mut(..to_usize(real)).unwrap_or_default();
+        self.source.read_at(offset, target).map_err(|source| BackupError::Source {
+            disk: self.name.to_owned(),
+            offset,
+            source,
+        })?;
+        let mut done =
+            Done { chunks: Vec::with_capacity(to_usize(count)), zeroes: 0, payloads, unchanged: 0, read: real };
+        for (number, chunk) in unit.chunks.clone().zip(plain.chunks_exact(to_usize(size))) {
+            let captured = if is_zero(chunk) {
+                Captured::Zero
+            } else {
+                let id = self.shared.fetcher.keyring.chunk_id(chunk);
+                if unit.leaf.child(number) == id && self.shared.trusts_parent(&id) {
+                    done.unchanged += 1;
+                    Captured::Known(id)
+                } else if self.shared.claim(&id) {
+                    let (bytes, compressed) = compressor.compress(chunk);
+                    let start = done.payloads.len();
+                    done.payloads.extend_from_slice(bytes);
+                    Captured::New { id, payload: start..done.payloads.len(), compressed }
+                } else {
+                    Captured::Known(id)
+                }
+            };
+            done.chunks.push(captured);
+        }
+        Ok(done)
+    }
+
+    /// Takes the units in order, appends what is new and builds the tree.
+    fn pack(&self, window: &Window, writer: &mut Writer) -> Result<(ChunkId, DiskStats), BackupError> {
+        let mut tree = TreeBuilder::new(self.shape);
+        let mut stats = DiskStats::default();
+        loop {
+            let done = {
+                let mut order = window.lock();
+                loop {
+                    if self.shared.progress.is_cancelled() {
+                        return Err(BackupError::Cancelled);
+                    }
+                    if let Some(failure) = self.shared.take_failure() {
+                        return Err(failure);
+                    }
+                    let next = order.next;
+                    if let Some(done) = order.done.remove(&next) {
+                        order.next += 1;
+                        break Some(done);
+                    }
+                    if order.units == Some(next) {
+                        break None;
+                    }
+                    order = window.wait(order);
+                }
+            };
+            window.changed.notify_all();
+            let Some(done) = done else { break };
+            let payloads = self.pack_unit(done, &mut tree, writer, &mut stats)?;
+            window.lock().buffers.push(payloads);
+        }
+        let root = tree.finish(&mut |level, node| self.store_node(writer, &mut stats, level, node))?;
+        Ok((root, stats))
+    }
+
+    fn pack_unit(
+        &self,
+        done: Done,
+        tree: &mut TreeBuilder,
+        writer: &mut Writer,
+        stats: &mut DiskStats,
+    ) -> Result<Vec<u8>, BackupError> {
+        let progress = &self.shared.progress;
+        let chunk_size = self.shared.fetcher.config.chunk_size;
+        stats.read += done.read;
+        stats.unchanged_chunks += done.unchanged;
+        progress.add_read(done.read);
+        progress.add_done((done.zeroes * self.chunk_size()).max(done.read));
+        let store = |level: u8, node: &[u8], writer: &mut Writer, stats: &mut DiskStats| {
+            self.store_node(writer, stats, level, node)
+        };
+        if done.zeroes > 0 {
+            tree.push_zeroes(done.zeroes, &mut |level, node| store(level, node, writer, stats))?;
+        }
+        for chunk in done.chunks {
+            let id = match chunk {
+                Captured::Zero => ChunkId::ZERO,
+                Captured::Known(id) => id,
+                Captured::New { id, payload, compressed } => {
+                    let bytes = done.payloads.get(payload).unwrap_or_default();
+                    let payload = Payload { id, bytes, plain_len: chunk_size, compressed, level: 0 };
+                    writer.append(PackKind::Data, payload)?;
+                    stats.new_chunks += 1;
+                    stats.new_bytes += u64::from(chunk_size);
+                    progress.add_new_chunks(1);
+                    progress.add_new_bytes(u64::from(chunk_size));
+                    id
+                }
+            };
+            tree.push(&id, &mut |level, node| store(level, node, writer, stats))?;
+        }
+        Ok(done.payloads)
+    }
+
+    fn store_node(
+        &self,
+        writer: &mut Writer,
+        stats: &mut DiskStats,
+        level: u8,
+        node: &[u8],
+    ) -> Result<ChunkId, BackupError> {
+        let id = self.shared.fetcher.keyring.node_id(level, node);
+        if self.shared.claim(&id) {
+            let mut compressor = Compressor::new(ZSTD_LEVEL).map_err(BackupError::Threads)?;
+            let (bytes, compressed) = compressor.compress(node);
+            let payload = Payload { id, bytes, plain_len: NODE_LEN, compressed, level };
+            writer.append(PackKind::Metadata, payload)?;
+            stats.new_nodes += 1;
+        }
+        Ok(id)
+    }
+}
+
+/// Wakes everybody when a worker ends, and notes its panic.
+struct Bell<'a> {
+    shared: &'a Shared,
+    window: &'a Window,
+}
+
+impl Drop for Bell<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.shared.fail(BackupError::Failed);
+        }
+        self.window.changed.notify_all();
+    }
+}
+
+/// Compares with zeroes; `memcmp` is fast at any optimisation level.
+fn is_zero(chunk: &[u8]) -> bool {
+    static ZEROES: [u8; 16 << 10] = [0; 16 << 10];
+    chunk.chunks(ZEROES.len()).all(|part| ZEROES.get(..part.len()) == Some(part))
+}

@@ -1,0 +1,170 @@
+//! [`Index`]: the set of index runs of a repository. Specification: docs/format/index.md
+//!
+//! Lookups never lock for long: they take the current set and search its runs in place. Adding, refreshing, merging
+//! and repairing put a new set in its place.
+
+pub(crate) mod build;
+mod merge;
+mod repair;
+pub(crate) mod run;
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use tracing::warn;
+
+use crate::error::ReadError;
+use crate::format::FormatError;
+use crate::format::run::PackRow;
+use crate::id::{ChunkId, PackId, RepositoryId, RunId};
+use crate::storage::{Object, ObjectKind, Storage};
+use build::RunBuilder;
+use run::{Location, Run, put_run};
+
+/// How often a listing that changes under our eyes is taken again.
+const RELIST_MAX: u32 = 8;
+
+/// Where chunks are.
+#[derive(Debug)]
+pub(crate) struct Index {
+    storage: Arc<dyn Storage>,
+    repository: RepositoryId,
+    set: RwLock<Arc<Set>>,
+    repair: Mutex<repair::Repair>,
+}
+
+/// The runs at one moment.
+#[derive(Debug, Default)]
+pub(crate) struct Set {
+    runs: Vec<Arc<Run>>,
+    /// Grows with every change.
+    generation: u64,
+}
+
+/// What stands in `index/`, opened.
+struct Loaded {
+    runs: Vec<Arc<Run>>,
+    damaged: Vec<(RunId, FormatError)>,
+}
+
+impl Index {
+    /// Opens all runs. Damaged ones are set aside and rebuilt.
+    pub fn open(storage: Arc<dyn Storage>, repository: RepositoryId) -> Result<Index, ReadError> {
+        let index = Index { storage, repository, set: RwLock::default(), repair: Mutex::default() };
+        let loaded = index.load()?;
+        index.change(|runs| *runs = loaded.runs);
+        if !loaded.damaged.is_empty() {
+            index.replace_damaged(loaded.damaged)?;
+        }
+        Ok(index)
+    }
+
+    fn current(&self) -> Arc<Set> {
+        self.set.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn change(&self, with: impl FnOnce(&mut Vec<Arc<Run>>)) {
+        let mut set = self.set.write().unwrap_or_else(PoisonError::into_inner);
+        let mut runs = set.runs.clone();
+        with(&mut runs);
+        *set = Arc::new(Set { runs, generation: set.generation + 1 });
+    }
+
+    /// Which set lookups see now; [`Index::repair`] wants the one a failed lookup used.
+    pub fn generation(&self) -> u64 {
+        self.current().generation
+    }
+
+    /// Whether a chunk or node is stored.
+    pub fn contains(&self, id: &ChunkId) -> bool {
+        let set = self.set.read().unwrap_or_else(PoisonError::into_inner);
+        set.runs.iter().any(|run| run.contains(id))
+    }
+
+    /// Where a chunk or node is said to be.
+    pub fn first(&self, id: &ChunkId) -> Option<Location> {
+        let set = self.set.read().unwrap_or_else(PoisonError::into_inner);
+        set.runs.iter().find_map(|run| run.first(id))
+    }
+
+    /// Everywhere a chunk or node is said to be.
+    pub fn locate(&self, id: &ChunkId) -> Vec<Location> {
+        let mut locations = Vec::new();
+        self.current().runs.iter().for_each(|run| run.locate(id, &mut locations));
+        locations
+    }
+
+    /// The runs in use.
+    pub fn runs(&self) -> Vec<Arc<Run>> {
+        self.current().runs.clone()
+    }
+
+    /// Stores a run of these entries, durably, and uses it. Nothing is stored for no entries.
+    pub fn add(&self, entries: RunBuilder) -> io::Result<()> {
+        if entries.len() == 0 {
+            return Ok(());
+        }
+        let run = self.build(entries)?;
+        let run = Arc::new(put_run(&*self.storage, run, self.repository)?);
+        self.change(|runs| insert(runs, run));
+        Ok(())
+    }
+
+    /// Builds a run and parses it back before it is written.
+    fn build(&self, entries: RunBuilder) -> io::Result<Run> {
+        Run::built(entries.finish(self.repository), self.repository).map_err(io::Error::other)
+    }
+
+    /// Lists and opens the runs. A run that vanishes in between was merged, and the merged run was there before it
+    /// vanished: list again.
+    fn load(&self) -> Result<Loaded, ReadError> {
+        let known = self.runs();
+        let mut tries = 0;
+        'list: loop {
+            tries += 1;
+            let mut loaded = Loaded { runs: Vec::new(), damaged: Vec::new() };
+            let listed = self.storage.list(ObjectKind::IndexRun);
+            for listed in listed.map_err(|source| ReadError::Io { object: "index".to_owned(), source })? {
+                let Object::IndexRun(id) = listed.object else { continue };
+                if let Some(run) = known.iter().find(|run| run.id == id) {
+                    loaded.runs.push(run.clone());
+                    continue;
+                }
+                match Run::open(&*self.storage, id, self.repository) {
+                    Ok(run) => loaded.runs.push(Arc::new(run)),
+                    Err(ReadError::Damaged { source: FormatError::OtherRepository, object }) => {
+                        warn!(%object, "left out: it belongs to another repository");
+                    }
+                    // What a later version made must not be set aside by this one.
+                    Err(error @ ReadError::Damaged { source: FormatError::UnknownVersion { .. }, .. })
+                    | Err(error @ ReadError::Damaged { source: FormatError::UnknownFeatures { .. }, .. }) => {
+                        return Err(error);
+                    }
+                    Err(ReadError::Damaged { source, .. }) => loaded.damaged.push((id, source)),
+                    Err(ReadError::Io { source, .. })
+                        if source.kind() == io::ErrorKind::NotFound && tries < RELIST_MAX =>
+                    {
+                        continue 'list;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            return Ok(loaded);
+        }
+    }
+
+    /// The packs named by any run.
+    pub fn packs(&self) -> Vec<PackRow> {
+        let mut seen: HashSet<PackId> = HashSet::new();
+        let set = self.current();
+        let rows = set.runs.iter().flat_map(|run| run.packs());
+        rows.filter(|row| seen.insert(row.pack)).collect()
+    }
+}
+
+fn insert(runs: &mut Vec<Arc<Run>>, run: Arc<Run>) {
+    if !runs.iter().any(|known| known.id == run.id) {
+        runs.push(run);
+    }
+}

@@ -1,0 +1,4 @@
+//! Packs: built by [`builder`], read frame by frame by [`fetch`]. Specification: docs/format/pack.md
+
+pub(crate) mod builder;
+pub(crate) mod fetch;

@@ -1,0 +1,157 @@
+//! [`Storage`]: where a repository's objects are kept. Objects are immutable and have typed names; a folder and an
+//! object store can both give what is asked for here. Rules: docs/format/repository.md
+
+mod local;
+
+pub use local::LocalStorage;
+pub(crate) use local::is_no_space;
+
+use std::fmt;
+use std::io;
+
+use bytes::Bytes;
+
+use crate::id::{PackId, RecoveryPointId, RunId, SlotId};
+use crate::mapping::Mapping;
+
+/// The name of an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Object {
+    /// The configuration.
+    Config,
+    /// A key slot.
+    KeySlot(SlotId),
+    /// A pack.
+    Pack(PackId),
+    /// An index run.
+    IndexRun(RunId),
+    /// An index run set aside because it is damaged.
+    DamagedRun(RunId),
+    /// A recovery point.
+    Point(RecoveryPointId),
+}
+
+/// The kinds of objects that can be listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ObjectKind {
+    /// Key slots.
+    KeySlot,
+    /// Packs.
+    Pack,
+    /// Index runs; those set aside are not listed.
+    IndexRun,
+    /// Recovery points.
+    Point,
+}
+
+/// An object and its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listed {
+    /// The object.
+    pub object: Object,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+impl Object {
+    /// The object's path below the repository's root, with `/` between its parts.
+    pub fn path(&self) -> String {
+        match self {
+            Object::Config => "repository".to_owned(),
+            Object::KeySlot(id) => format!("keys/{id}"),
+            Object::Pack(id) => {
+                let name = id.to_string();
+                format!("packs/{}/{name}", name.get(..2).unwrap_or_default())
+            }
+            Object::IndexRun(id) => format!("index/{id}"),
+            Object::DamagedRun(id) => format!("index/{id}.damaged"),
+            Object::Point(id) => format!("points/{id}"),
+        }
+    }
+
+    /// The object of a kind that has this last path element, if it is one.
+    pub fn parse(kind: ObjectKind, name: &str) -> Option<Object> {
+        match kind {
+            ObjectKind::KeySlot => name.parse().ok().map(Object::KeySlot),
+            ObjectKind::Pack => name.parse().ok().map(Object::Pack),
+            ObjectKind::IndexRun => name.parse().ok().map(Object::IndexRun),
+            ObjectKind::Point => name.parse().ok().map(Object::Point),
+        }
+    }
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Object::Config => out.write_str("configuration `repository`"),
+            Object::KeySlot(_) => write!(out, "key slot {}", self.path()),
+            Object::Pack(_) => write!(out, "pack {}", self.path()),
+            Object::IndexRun(_) | Object::DamagedRun(_) => write!(out, "index run {}", self.path()),
+            Object::Point(_) => write!(out, "recovery point {}", self.path()),
+        }
+    }
+}
+
+/// Keeps objects. All methods block and may be called from several threads.
+pub trait Storage: Send + Sync + fmt::Debug {
+    /// Stores an object atomically and durably: when this returns it survives a power cut; if it fails the object is
+    /// absent or whole. An existing object is replaced, which is only ever done with the same bytes.
+    fn put(&self, object: &Object, bytes: &[u8]) -> io::Result<()>;
+
+    /// Like [`Storage::put`], but [`io::ErrorKind::AlreadyExists`] if the object exists; of several that race, one
+    /// wins.
+    fn create(&self, object: &Object, bytes: &[u8]) -> io::Result<()>;
+
+    /// A whole object. One longer than `max` is an [`io::ErrorKind::FileTooLarge`] error and is not read.
+    fn get(&self, object: &Object, max: u64) -> io::Result<Bytes>;
+
+    /// Fills `buf` from `offset` of an object; [`io::ErrorKind::UnexpectedEof`] if it is too short.
+    fn get_range(&self, object: &Object, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// The length of an object.
+    fn len(&self, object: &Object) -> io::Result<u64>;
+
+    /// All objects of a kind, in no particular order. Other names are left out.
+    fn list(&self, kind: ObjectKind) -> io::Result<Vec<Listed>>;
+
+    /// Deletes an object; one that is gone already is no error.
+    fn delete(&self, object: &Object) -> io::Result<()>;
+
+    /// The bytes of an object without reading them now, where that is possible.
+    fn map(&self, object: &Object) -> io::Result<Mapping>;
+
+    /// Whether nothing but what an unfinished init leaves (key slots, temporary files) stands at the root.
+    fn is_vacant(&self) -> io::Result<bool>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_the_documented_ones() {
+        let paths = [
+            Object::Config,
+            Object::KeySlot(SlotId([0xab; 16])),
+            Object::Pack(PackId([0xcd; 32])),
+            Object::IndexRun(RunId([1; 32])),
+            Object::DamagedRun(RunId([1; 32])),
+            Object::Point(RecoveryPointId([2; 32])),
+        ]
+        .map(|object| object.path());
+        let pack = format!("packs/cd/{}", "cd".repeat(32));
+        let run = format!("index/{}", "01".repeat(32));
+        let damaged = format!("{run}.damaged");
+        let slot = format!("keys/{}", "ab".repeat(16));
+        let point = format!("points/{}", "02".repeat(32));
+        assert_eq!(paths, ["repository".to_owned(), slot, pack, run, damaged, point]);
+    }
+
+    #[test]
+    fn only_whole_names_are_objects() {
+        let name = "01".repeat(32);
+        assert_eq!(Object::parse(ObjectKind::IndexRun, &name), Some(Object::IndexRun(RunId([1; 32]))));
+        assert_eq!(Object::parse(ObjectKind::IndexRun, &format!("{name}.damaged")), None);
+        assert_eq!(Object::parse(ObjectKind::Pack, "lost+found"), None);
+    }
+}
