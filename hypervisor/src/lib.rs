@@ -1,1 +1,24 @@
-//! Placeholder.
+//! Virtual machines for a recovery: started on NBD exports, watched, stopped, and found again after a restart.
+//!
+//! [`Hypervisor`] and [`Machine`] are the small face a recovery needs; [`qemu`] implements it with plain QEMU
+//! processes. What a machine looks like is a [`MachineDefinition`], a value that can be stored beside the recovery, so
+//! that a later process can adopt the machine an earlier one started.
+//!
+//! The crate never prints, never reads the environment and starts no process but QEMU. It refuses definitions QEMU
+//! would misread (relative or over-long socket paths, names with control characters) before anything is started.
+#![forbid(unsafe_code)]
+
+mod definition;
+mod machine;
+pub mod qemu;
+
+pub use definition::{
+    Accelerator, Bus, DefinitionError, ErrorPolicy, Firmware, MAX_DISKS, MAX_SOCKET_PATH, MachineDefinition,
+    MachineDisk, MachineFiles, Network,
+};
+pub use machine::{Exit, Hypervisor, IoErrorEvent, Machine, MachineError, MachineEvent, Pending, Status, Subscription};
+pub use qemu::{AdoptError, Qemu, QemuHypervisor, StartError};
+
+/// The message types of the QEMU machine protocol and of the guest agent, for callers of
+/// [`qemu::qmp::Client::execute`] and [`qemu::guest_agent::GuestAgent::execute`].
+pub use qapi;

@@ -1,0 +1,550 @@
+//! What a machine is made of: a plain value, stored with the recovery it belongs to.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// The longest path a Unix socket can have (`sun_path` less its terminating zero).
+pub const MAX_SOCKET_PATH: usize = 107;
+/// Disks per machine: what fits on the root bus beside the other devices without bridges.
+pub const MAX_DISKS: usize = 20;
+const MIB: u64 = 1024 * 1024;
+const MAX_CPUS: u32 = 255;
+const MAX_NAME: usize = 128;
+
+/// A virtual machine whose disks are NBD exports on Unix sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDefinition {
+    /// Shown in process lists and checked when the machine is adopted.
+    pub name: String,
+    /// Guest memory; rounded up to a whole MiB.
+    pub memory_bytes: u64,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// What starts the boot loader.
+    pub firmware: Firmware,
+    /// `q35`, `pc`, or a versioned type such as `pc-q35-9.2`.
+    pub machine_type: String,
+    /// In boot order.
+    pub disks: Vec<MachineDisk>,
+    /// The one network card, if any.
+    pub network: Network,
+    /// KVM, TCG, or whichever works.
+    pub accelerator: Accelerator,
+    /// Where the machine keeps its sockets and logs.
+    pub files: MachineFiles,
+    /// What the guest sees when a disk fails.
+    #[serde(default)]
+    pub errors: ErrorPolicy,
+    /// `aa:bb:cc:dd:ee:ff`; derived from the name when absent, so that two machines never share one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac_address: Option<String>,
+    /// The QEMU program; `qemu-system-x86_64` from the path when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binary: Option<PathBuf>,
+}
+
+/// A disk: one export of an NBD server on a Unix socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDisk {
+    /// Becomes the serial number the guest sees, shortened to what the bus allows.
+    pub name: String,
+    /// The server's socket.
+    pub socket: PathBuf,
+    /// The export's name on that server.
+    pub export: String,
+    /// How the guest reaches it.
+    #[serde(default)]
+    pub bus: Bus,
+}
+
+/// Paths of a machine. All must be absolute: QEMU changes its directory when it goes to the background.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineFiles {
+    /// What the guest writes to its first serial port is appended here.
+    pub console: PathBuf,
+    /// A QMP socket for people and scripts. Lifeboat itself uses [`MachineFiles::control`].
+    pub qmp: PathBuf,
+    /// Socket of the guest agent's channel; one client at a time.
+    pub guest_agent: PathBuf,
+    /// What QEMU itself writes: warnings, and the reason when it dies.
+    pub log: PathBuf,
+    /// Written and locked by QEMU while it lives.
+    pub pid: PathBuf,
+    /// The machine's own copy of the UEFI variables.
+    pub uefi_vars: PathBuf,
+}
+
+impl MachineFiles {
+    /// The usual file names in one folder.
+    pub fn in_folder(folder: &Path) -> MachineFiles {
+        MachineFiles {
+            console: folder.join("console.log"),
+            qmp: folder.join("qmp.sock"),
+            guest_agent: folder.join("agent.sock"),
+            log: folder.join("qemu.log"),
+            pid: folder.join("qemu.pid"),
+            uefi_vars: folder.join("uefi-vars.fd"),
+        }
+    }
+
+    /// The second QMP socket, which only this crate uses: a QMP socket serves one client, and the first is for others.
+    pub fn control(&self) -> PathBuf {
+        let mut path = self.qmp.clone().into_os_string();
+        path.push(".ctl");
+        PathBuf::from(path)
+    }
+}
+
+/// The firmware.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Firmware {
+    /// SeaBIOS.
+    #[default]
+    Bios,
+    /// OVMF, without secure boot.
+    Uefi,
+}
+
+/// The bus a disk hangs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bus {
+    /// Fastest, and the guest waits for ever: the default.
+    #[default]
+    VirtioBlk,
+    /// One virtio controller for all such disks.
+    VirtioScsi,
+    /// For guests without virtio drivers.
+    Sata,
+    /// For guests older than SATA; only on machine type `pc`, four disks.
+    Ide,
+}
+
+/// The network card's other end.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Network {
+    /// No card.
+    #[default]
+    None,
+    /// QEMU's built-in address translation: out, but not in.
+    User,
+    /// A card and an address, but no way out; ports can be forwarded in. For drills.
+    Isolated,
+    /// A bridge of the host.
+    Bridge(String),
+}
+
+/// What executes the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Accelerator {
+    /// KVM if it really runs a guest, else TCG.
+    #[default]
+    Auto,
+    /// KVM or nothing.
+    Kvm,
+    /// Emulation: works everywhere, many times slower.
+    Tcg,
+}
+
+/// What happens when an export answers a request with an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorPolicy {
+    /// The machine pauses (`io-error`); resuming it repeats the request. No guest file system goes read-only.
+    #[default]
+    Pause,
+    /// The guest is told, except when space ran out: that always pauses.
+    Report,
+}
+
+/// Why a definition is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum DefinitionError {
+    /// The machine's name.
+    #[error("machine name {name:?} must be 1 to 128 printable characters")]
+    Name {
+        /// As given.
+        name: String,
+    },
+    /// Too little memory.
+    #[error("a machine needs at least 1 MiB of memory, not {bytes} bytes")]
+    Memory {
+        /// As given.
+        bytes: u64,
+    },
+    /// None, or too many.
+    #[error("a machine has 1 to 255 processors, not {cpus}")]
+    Cpus {
+        /// As given.
+        cpus: u32,
+    },
+    /// Not a word QEMU could know.
+    #[error("{machine_type:?} is not a machine type; usual ones are q35 and pc")]
+    MachineType {
+        /// As given.
+        machine_type: String,
+    },
+    /// More disks than the machine has places.
+    #[error("{count} disks on {bus} are too many: {max} fit")]
+    TooManyDisks {
+        /// Disks in the definition.
+        count: usize,
+        /// The bus.
+        bus: Bus,
+        /// What fits.
+        max: usize,
+    },
+    /// IDE on a machine without it.
+    #[error("machine type {machine_type} has no IDE bus; use pc, or the SATA bus")]
+    NoIde {
+        /// The machine type.
+        machine_type: String,
+    },
+    /// QEMU would look for it in another directory.
+    #[error("path {} must be absolute", path.display())]
+    RelativePath {
+        /// As given.
+        path: PathBuf,
+    },
+    /// The kernel's limit.
+    #[error("socket path {} has {length} bytes; a Unix socket's path can have {MAX_SOCKET_PATH}", path.display())]
+    SocketPathTooLong {
+        /// As given.
+        path: PathBuf,
+        /// Its bytes.
+        length: usize,
+    },
+    /// QEMU takes paths as UTF-8 text.
+    #[error("path {} is not UTF-8 or has a control character", path.display())]
+    UnprintablePath {
+        /// As given.
+        path: PathBuf,
+    },
+    /// Longer than the NBD protocol allows, or with a zero byte.
+    #[error("{export:?} cannot be an export's name")]
+    Export {
+        /// As given.
+        export: String,
+    },
+    /// Not an interface name.
+    #[error("{bridge:?} is not the name of a bridge")]
+    Bridge {
+        /// As given.
+        bridge: String,
+    },
+    /// Not a unicast address.
+    #[error("{mac:?} is not a unicast MAC address such as 52:54:00:12:34:56")]
+    Mac {
+        /// As given.
+        mac: String,
+    },
+}
+
+impl MachineDefinition {
+    /// A machine with 1 GiB, one processor and no disks yet; everything else as [`Default`] says.
+    pub fn new(name: impl Into<String>, files: MachineFiles) -> MachineDefinition {
+        MachineDefinition {
+            name: name.into(),
+            memory_bytes: 1024 * MIB,
+            cpus: 1,
+            firmware: Firmware::default(),
+            machine_type: "q35".to_owned(),
+            disks: Vec::new(),
+            network: Network::default(),
+            accelerator: Accelerator::default(),
+            files,
+            errors: ErrorPolicy::default(),
+            mac_address: None,
+            binary: None,
+        }
+    }
+
+    /// The QEMU program to run.
+    pub fn binary(&self) -> &Path {
+        self.binary.as_deref().unwrap_or(Path::new(crate::qemu::DEFAULT_BINARY))
+    }
+
+    /// Memory in whole MiB, rounded up.
+    pub fn memory_mib(&self) -> u64 {
+        self.memory_bytes.div_ceil(MIB)
+    }
+
+    /// The card's address: the given one, else a locally administered one made from the name.
+    pub fn mac(&self) -> String {
+        if let Some(mac) = &self.mac_address {
+            return mac.to_ascii_lowercase();
+        }
+        // FNV-1a: stable across versions, which std's hasher does not promise.
+        let hash = self
+            .name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+        let [a, b, c, ..] = hash.to_be_bytes();
+        format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
+    }
+
+    /// Whether the machine type is of the old PC family, which has IDE and no PCI Express.
+    pub fn is_i440fx(&self) -> bool {
+        self.machine_type == "pc" || self.machine_type.starts_with("pc-i440fx")
+    }
+
+    /// Refuses what QEMU could not do or would misread. [`crate::Qemu::start`] calls it.
+    pub fn check(&self) -> Result<(), DefinitionError> {
+        if self.name.is_empty() || self.name.len() > MAX_NAME || self.name.chars().any(char::is_control) {
+            return Err(DefinitionError::Name { name: self.name.clone() });
+        }
+        if self.memory_bytes < MIB {
+            return Err(DefinitionError::Memory { bytes: self.memory_bytes });
+        }
+        if self.cpus == 0 || self.cpus > MAX_CPUS {
+            return Err(DefinitionError::Cpus { cpus: self.cpus });
+        }
+        let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+');
+        if self.machine_type.is_empty() || !self.machine_type.chars().all(word) {
+            return Err(DefinitionError::MachineType { machine_type: self.machine_type.clone() });
+        }
+        self.check_disks()?;
+        self.check_network()?;
+        let files = &self.files;
+        for path in [&files.console, &files.log, &files.pid, &files.uefi_vars] {
+            check_path(path)?;
+        }
+        for path in [&files.qmp, &files.control(), &files.guest_agent] {
+            check_socket(path)?;
+        }
+        Ok(())
+    }
+
+    fn check_disks(&self) -> Result<(), DefinitionError> {
+        if self.disks.len() > MAX_DISKS {
+            return Err(DefinitionError::TooManyDisks { count: self.disks.len(), bus: Bus::VirtioBlk, max: MAX_DISKS });
+        }
+        let on_ide = self.disks.iter().filter(|disk| disk.bus == Bus::Ide).count();
+        if on_ide > 0 && !self.is_i440fx() {
+            return Err(DefinitionError::NoIde { machine_type: self.machine_type.clone() });
+        }
+        if on_ide > 4 {
+            return Err(DefinitionError::TooManyDisks { count: on_ide, bus: Bus::Ide, max: 4 });
+        }
+        for disk in &self.disks {
+            check_socket(&disk.socket)?;
+            if disk.export.len() > 4096 || disk.export.contains('\0') {
+                return Err(DefinitionError::Export { export: disk.export.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_network(&self) -> Result<(), DefinitionError> {
+        if let Network::Bridge(bridge) = &self.network {
+            // Linux: an interface's name has at most 15 bytes, no slash, no space, and is not a dot directory.
+            let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+            if bridge.is_empty() || bridge.len() > 15 || bridge.starts_with('.') || bridge.chars().any(bad) {
+                return Err(DefinitionError::Bridge { bridge: bridge.clone() });
+            }
+        }
+        if let Some(mac) = &self.mac_address {
+            let bytes: Option<Vec<u8>> = mac
+                .split(':')
+                .map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2 && !part.starts_with('+')))
+                .collect();
+            if !bytes.is_some_and(|bytes| bytes.len() == 6 && bytes.first().is_some_and(|first| first & 1 == 0)) {
+                return Err(DefinitionError::Mac { mac: mac.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_path(path: &Path) -> Result<(), DefinitionError> {
+    if !path.is_absolute() {
+        return Err(DefinitionError::RelativePath { path: path.to_owned() });
+    }
+    match path.to_str() {
+        Some(text) if !text.chars().any(char::is_control) => Ok(()),
+        _ => Err(DefinitionError::UnprintablePath { path: path.to_owned() }),
+    }
+}
+
+fn check_socket(path: &Path) -> Result<(), DefinitionError> {
+    check_path(path)?;
+    let length = path.as_os_str().len();
+    if length > MAX_SOCKET_PATH {
+        return Err(DefinitionError::SocketPathTooLong { path: path.to_owned(), length });
+    }
+    Ok(())
+}
+
+impl fmt::Display for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Bus::VirtioBlk => "virtio-blk",
+            Bus::VirtioScsi => "virtio-scsi",
+            Bus::Sata => "sata",
+            Bus::Ide => "ide",
+        })
+    }
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Accelerator::Auto => "auto",
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "tcg",
+        })
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Network::None => f.write_str("none"),
+            Network::User => f.write_str("user"),
+            Network::Isolated => f.write_str("isolated"),
+            Network::Bridge(bridge) => write!(f, "bridge:{bridge}"),
+        }
+    }
+}
+
+impl FromStr for Accelerator {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Accelerator::Auto),
+            "kvm" => Ok(Accelerator::Kvm),
+            "tcg" => Ok(Accelerator::Tcg),
+            other => Err(format!("unknown accelerator {other:?}; use auto, kvm or tcg")),
+        }
+    }
+}
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match (text, text.strip_prefix("bridge:")) {
+            ("none", _) => Ok(Network::None),
+            ("user", _) => Ok(Network::User),
+            ("isolated", _) => Ok(Network::Isolated),
+            (_, Some(bridge)) if !bridge.is_empty() => Ok(Network::Bridge(bridge.to_owned())),
+            (other, _) => Err(format!("unknown network {other:?}; use none, user, isolated or bridge:NAME")),
+        }
+    }
+}
+
+impl FromStr for Bus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "virtio" | "virtio-blk" => Ok(Bus::VirtioBlk),
+            "scsi" | "virtio-scsi" => Ok(Bus::VirtioScsi),
+            "sata" => Ok(Bus::Sata),
+            "ide" => Ok(Bus::Ide),
+            other => Err(format!("unknown bus {other:?}; use virtio-blk, virtio-scsi, sata or ide")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> MachineDefinition {
+        let mut machine = MachineDefinition::new("web01", MachineFiles::in_folder(Path::new("/run/web01")));
+        machine.disks.push(MachineDisk {
+            name: "root".into(),
+            socket: "/run/web01/disk0.sock".into(),
+            export: "root".into(),
+            bus: Bus::VirtioBlk,
+        });
+        machine
+    }
+
+    #[test]
+    fn an_ordinary_machine_passes() {
+        assert_eq!(machine().check(), Ok(()));
+    }
+
+    #[test]
+    fn a_socket_path_is_refused_from_108_bytes_on() {
+        let mut machine = machine();
+        machine.disks[0].socket = PathBuf::from(format!("/{}", "s".repeat(106)));
+        assert_eq!(machine.check(), Ok(()));
+        machine.disks[0].socket = PathBuf::from(format!("/{}", "s".repeat(107)));
+        assert!(matches!(machine.check(), Err(DefinitionError::SocketPathTooLong { length: 108, .. })));
+    }
+
+    #[test]
+    fn the_control_socket_counts_too() {
+        let mut machine = machine();
+        machine.files.qmp = PathBuf::from(format!("/{}", "q".repeat(104)));
+        assert!(matches!(machine.check(), Err(DefinitionError::SocketPathTooLong { .. })));
+    }
+
+    #[test]
+    fn relative_paths_and_control_characters_are_refused() {
+        let mut relative = machine();
+        relative.files.log = "qemu.log".into();
+        assert!(matches!(relative.check(), Err(DefinitionError::RelativePath { .. })));
+        let mut name = machine();
+        name.name = "a\nb".into();
+        assert!(matches!(name.check(), Err(DefinitionError::Name { .. })));
+        let mut path = machine();
+        path.files.console = "/run/a\nb".into();
+        assert!(matches!(path.check(), Err(DefinitionError::UnprintablePath { .. })));
+    }
+
+    #[test]
+    fn ide_needs_the_old_machine() {
+        let mut machine = machine();
+        machine.disks[0].bus = Bus::Ide;
+        assert!(matches!(machine.check(), Err(DefinitionError::NoIde { .. })));
+        machine.machine_type = "pc".into();
+        assert_eq!(machine.check(), Ok(()));
+    }
+
+    #[test]
+    fn addresses_are_checked_and_otherwise_follow_from_the_name() {
+        let mut machine = machine();
+        assert_eq!(machine.mac(), machine.mac());
+        assert!(machine.mac().starts_with("52:54:00:"));
+        for bad in
+            ["", "52:54:00:12:34", "53:54:00:12:34:56", "52:54:00:12:34:5g", "52:54:0:12:34:56", "+2:54:00:12:34:56"]
+        {
+            machine.mac_address = Some(bad.into());
+            assert!(machine.check().is_err(), "{bad}");
+        }
+        machine.mac_address = Some("52:54:00:AB:34:56".into());
+        assert_eq!(machine.check(), Ok(()));
+        assert_eq!(machine.mac(), "52:54:00:ab:34:56");
+    }
+
+    #[test]
+    fn a_definition_survives_json_and_old_json_without_the_newer_fields() {
+        let machine = machine();
+        let mut json = serde_json::to_value(&machine).expect("a definition is plain data");
+        let back: MachineDefinition = serde_json::from_value(json.clone()).expect("what was written can be read");
+        assert_eq!(back, machine);
+        json.as_object_mut().expect("a definition is an object").remove("errors");
+        let back: MachineDefinition = serde_json::from_value(json).expect("errors has a default");
+        assert_eq!(back, machine);
+    }
+
+    #[test]
+    fn networks_are_read_as_written() {
+        for text in ["none", "user", "isolated", "bridge:br0"] {
+            assert_eq!(text.parse::<Network>().map(|network| network.to_string()), Ok(text.to_owned()));
+        }
+        assert!("bridge:".parse::<Network>().is_err());
+        assert!("wifi".parse::<Network>().is_err());
+    }
+}
