@@ -90,6 +90,14 @@ impl Folder for LocalFolder {
         File::open(self.resolve(dir)?)?.sync_all()
     }
 
+    fn boot_id(&self) -> Option<[u8; 16]> {
+        let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let digits: Vec<u8> = text.chars().filter_map(|char| char.to_digit(16)?.try_into().ok()).collect();
+        let bytes: Vec<u8> =
+            digits.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit)).collect();
+        bytes.try_into().ok()
+    }
+
     fn real_path(&self, path: &Path) -> Option<PathBuf> {
         self.resolve(path).ok()
     }
@@ -274,6 +282,12 @@ mod tests {
         let mut tail = vec![1; 100_001];
         disk.read_at((1 << 20) - 100_001, &mut tail).unwrap();
         assert!(tail[0] == 1 && tail[1..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn the_boot_id_is_known_and_stays_the_same() {
+        let (one, two) = (LocalFolder::new("/").boot_id(), LocalFolder::new("/tmp").boot_id());
+        assert!(one == two && one.is_some_and(|id| id != [0; 16]), "{one:?}");
     }
 
     #[test]

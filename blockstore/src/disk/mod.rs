@@ -88,6 +88,12 @@ pub trait Folder: Send + Sync + Debug {
     /// Makes the names in `dir` durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 
+    /// What tells one start of the machine from another; while it is the same, what was written can be read back,
+    /// whatever became of the process that wrote it. None where nobody knows.
+    fn boot_id(&self) -> Option<[u8; 16]> {
+        None
+    }
+
     /// The real path of a file, where there is one to map or to name in a message.
     fn real_path(&self, path: &Path) -> Option<PathBuf>;
 }

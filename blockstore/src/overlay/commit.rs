@@ -9,6 +9,7 @@ use std::sync::{MutexGuard, PoisonError};
 use super::error::{Action, OverlayError};
 use super::intervals::Intervals;
 use super::journal::{self, Journal};
+use super::recent::Recent;
 use super::{DATA_NAME, Overlay};
 
 /// So many changes may wait for a flush; the next writer then flushes. Bounds memory to some tens of megabytes.
@@ -22,7 +23,7 @@ pub(super) struct Dirty {
 }
 
 impl Dirty {
-    fn insert(&mut self, range: Range<u64>) {
+    pub(super) fn insert(&mut self, range: Range<u64>) {
         self.grains.insert(range);
         self.changes += 1;
     }
@@ -112,10 +113,11 @@ impl Overlay {
         drop(commits);
         self.committed.notify_all();
         let result = result.map(|_| ());
-        if result.is_ok()
-            && let Err(error) = journal.reserve()
-        {
-            self.judge(error);
+        if result.is_ok() {
+            let settled = self.recent.as_ref().map_or(Ok(()), Recent::settle);
+            if let Err(error) = settled.and_then(|()| journal.reserve()) {
+                self.judge(error);
+            }
         }
         self.journal_bytes.store(journal.bytes(), Ordering::Relaxed);
         leader.done = true;
@@ -127,6 +129,9 @@ impl Overlay {
         // A write counts itself after it noted its grains, so what is counted here is among what is taken next.
         let writes = self.writes.load(Ordering::Acquire);
         let taken = mem::take(&mut *self.dirty());
+        if let Some(recent) = &self.recent {
+            recent.turn_over();
+        }
         if taken.grains.is_empty() && writes == synced {
             return Ok(writes);
         }

@@ -34,6 +34,8 @@ pub(super) struct Journal {
     tail: u64,
     /// How far the file is known to reach; zeroes from `tail` on, unless `torn`.
     end: u64,
+    /// Up to where it is durable.
+    synced: u64,
     next_sequence: u64,
     previous: u32,
     /// A batch was written in part behind `tail`.
@@ -87,6 +89,7 @@ impl Journal {
             header_crc,
             tail: HEADER_LEN as u64,
             end: HEADER_LEN as u64,
+            synced: 0,
             next_sequence: 1,
             previous: header_crc,
             torn: false,
@@ -127,8 +130,17 @@ impl Journal {
         place.sync()
     }
 
-    pub(super) fn sync(&self) -> Result<(), OverlayError> {
-        self.file.sync().map_err(|error| Action::Sync.failed(&self.path, error))
+    /// Makes the journal durable. If that fails, what is not durable is taken away again: a process that opens the
+    /// overlay later would find it in the host's cache and build on it, although it may never reach the disk.
+    pub(super) fn sync(&mut self) -> Result<(), OverlayError> {
+        if let Err(error) = self.file.sync() {
+            if let Err(error) = self.file.set_len(self.synced) {
+                tracing::warn!(journal = %self.path.display(), %error, "cannot take back a flush that failed");
+            }
+            return Err(Action::Sync.failed(&self.path, error));
+        }
+        self.synced = self.tail;
+        Ok(())
     }
 
     /// Appends the records of one flush. [`OverlayError::NoSpace`] leaves everything as it was; any other error
@@ -217,6 +229,7 @@ impl Journal {
             header_crc,
             tail,
             end,
+            synced: tail,
             next_sequence,
             previous,
             torn,
@@ -228,6 +241,9 @@ impl Journal {
                 "cutting off a flush that was not completed");
             journal.cut()?;
         }
+        // A process that was killed may not have got as far.
+        journal.sync()?;
+        place.sync()?;
         Ok((journal, map))
     }
 

@@ -3,6 +3,7 @@
 //!
 //! - What a completed [`Overlay::flush`] covers survives a crash at any point. What no flush covers reads as the old or
 //!   the new bytes, sector by sector.
+//! - What was acknowledged at all survives the end of the process, however it ends, as long as the machine runs on.
 //! - A failed sync, or a failed write that is not for lack of space, poisons the overlay: later writes and flushes are
 //!   refused, reads are served, only opening again leads on.
 //! - Writers of the same grains take turns; readers and flushes wait for nobody's storage.
@@ -15,6 +16,7 @@ mod journal;
 mod map;
 mod ranges;
 mod read;
+mod recent;
 mod write;
 
 use std::io;
@@ -25,10 +27,11 @@ use std::sync::{Arc, Condvar, Mutex};
 use crate::base::Base;
 use crate::disk::{Disk, Folder};
 use commit::{Commits, Dirty};
-use format::{GRAIN, Header};
+use format::{GRAIN, Header, Record};
 use journal::Journal;
 use map::GrainMap;
 use ranges::RangeLocks;
+use recent::Recent;
 
 pub use error::{Action, Damage, OverlayError, OverlayIdentity};
 pub use read::ChangedExtent;
@@ -57,6 +60,8 @@ pub struct Overlay {
     map: GrainMap,
     ranges: RangeLocks,
     dirty: Mutex<Dirty>,
+    /// None where the folder knows no boot id.
+    recent: Option<Recent>,
     /// Counts changes of the data file, each once it is complete.
     writes: AtomicU64,
     journal: Mutex<Journal>,
@@ -82,6 +87,10 @@ impl Overlay {
         }
         // 1. `data`, locked, of its full length, synced.
         place.folder.create_dir(dir).map_err(|error| Action::Create.failed(&place.shown(""), error))?;
+        if let Some(parent) = dir.parent() {
+            // It may have been made by a process that was killed before this.
+            place.folder.sync_dir(parent).map_err(|error| Action::Sync.failed(&place.shown(""), error))?;
+        }
         place.refuse_existing()?;
         match place.folder.create(&place.file(DATA_NAME)) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -103,7 +112,10 @@ impl Overlay {
         let mut journal = Journal::write_new(&place, Header { generation: 1, identity }, &map, journal::COMPACT_MIN)?;
         journal.sync()?;
         journal.install(&place)?;
-        Ok(Overlay::assemble(place, base, data, map, journal))
+        let recent = place.folder.boot_id().map(|boot| Recent::create(&place, boot)).transpose()?;
+        let mut overlay = Overlay::assemble(place, base, data, map, journal, recent, Dirty::default());
+        *overlay.writes.get_mut() = 0; // all of it is synced
+        Ok(overlay)
     }
 
     /// Opens an overlay after a stop or a crash. A second opener is refused as long as the first lives, and so is one
@@ -137,10 +149,29 @@ impl Overlay {
         if len < identity.size {
             return Err(OverlayError::Damaged { path, offset: len, damage: Damage::TooShort });
         }
-        Ok(Overlay::assemble(place, base, data, map, journal))
+        // What a process that was killed had acknowledged; it was journalled by no flush, so the next one has to.
+        let mut dirty = Dirty::default();
+        let replay = |boot| {
+            Recent::open(&place, boot, map.grains(), |Record { start, count, state }| {
+                let range = start..start + u64::from(count);
+                if map.set(range.clone(), state) {
+                    dirty.insert(range);
+                }
+            })
+        };
+        let recent = place.folder.boot_id().map(replay).transpose()?;
+        Ok(Overlay::assemble(place, base, data, map, journal, recent, dirty))
     }
 
-    fn assemble(place: Place, base: Arc<dyn Base>, data: Arc<dyn Disk>, map: GrainMap, journal: Journal) -> Overlay {
+    fn assemble(
+        place: Place,
+        base: Arc<dyn Base>,
+        data: Arc<dyn Disk>,
+        map: GrainMap,
+        journal: Journal,
+        recent: Option<Recent>,
+        dirty: Dirty,
+    ) -> Overlay {
         Overlay {
             size: journal.header().identity.size,
             place,
@@ -148,8 +179,10 @@ impl Overlay {
             data,
             map,
             ranges: RangeLocks::default(),
-            dirty: Mutex::default(),
-            writes: AtomicU64::new(0),
+            dirty: Mutex::new(dirty),
+            recent,
+            // Unlike `synced`: the first flush syncs what an earlier process wrote.
+            writes: AtomicU64::new(1),
             journal_bytes: AtomicU64::new(journal.bytes()),
             journal: Mutex::new(journal),
             commits: Mutex::default(),
@@ -184,6 +217,9 @@ impl Overlay {
     /// Poisons the overlay unless `error` is one that leaves everything known.
     fn judge(&self, error: OverlayError) -> OverlayError {
         if matches!(error, OverlayError::Io { .. }) && !self.poisoned.swap(true, Ordering::AcqRel) {
+            if let Some(recent) = &self.recent {
+                recent.discard();
+            }
             tracing::error!(overlay = %self.place.shown("").display(), %error, "the overlay takes no more writes");
         }
         error

@@ -32,10 +32,7 @@ impl Overlay {
         self.relieve()?;
         let range = grains(offset, data.len() as u64);
         let _turn = self.ranges.lock(range.clone());
-        let written = self.write_locked(offset, data);
-        if written.is_ok() {
-            self.mark(range, State::Data);
-        }
+        let written = self.write_locked(offset, data).and_then(|()| self.mark(range, State::Data));
         self.writes.fetch_add(1, Ordering::Release); // also after an error: something may have been written
         written.map_err(|error| self.judge(error))
     }
@@ -89,8 +86,7 @@ impl Overlay {
                 self.punch(run);
             }
         }
-        self.mark(whole, State::Zero);
-        Ok(())
+        self.mark(whole, State::Zero)
     }
 
     /// Zeroes parts of at most two grains.
@@ -101,7 +97,7 @@ impl Overlay {
             let stop = end.min((grain + 1) * GRAIN);
             if self.map.state(grain) != State::Zero {
                 self.write_locked(at, &[0; GRAIN_LEN][..small(stop - at)])?;
-                self.mark(grain..grain + 1, State::Data);
+                self.mark(grain..grain + 1, State::Data)?;
             }
             at = stop;
         }
@@ -118,10 +114,14 @@ impl Overlay {
     }
 
     /// Sets the state of grains, whose bytes are written, and notes them for the next flush if that changed any.
-    fn mark(&self, range: Range<u64>, state: State) {
+    pub(super) fn mark(&self, range: Range<u64>, state: State) -> Result<(), OverlayError> {
         if self.map.set(range.clone(), state) {
-            self.note(range);
+            self.note(range.clone());
+            if let Some(recent) = &self.recent {
+                recent.append(range, state)?; // after the note: see `Recent::turn_over`
+            }
         }
+        Ok(())
     }
 
     /// Writes bytes, and around them what a grain needs that is not in the data file yet. The grains are locked.

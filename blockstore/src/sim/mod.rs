@@ -8,6 +8,8 @@
 //!   whose content was synced can still vanish;
 //! - a sync that failed loses what it did not write: a second sync would succeed and would not bring it back.
 //!
+//! The boot id is another one after a power cut; a process that is killed is a test that drops what it had open.
+//!
 //! The seed decides; the same seed and the same operations give the same outcome. Every operation that changes
 //! something, and every sync, counts as one ([`SimFolder::operations`]), so a test can run its workload once to count
 //! and then once more for each operation, with the power cut there. Directories are durable as soon as they are
@@ -178,6 +180,10 @@ impl Folder for SimFolder {
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         check_path(dir)?;
         self.world().sync_dir(dir)
+    }
+
+    fn boot_id(&self) -> Option<[u8; 16]> {
+        Some(self.world().boot_id().to_le_bytes())
     }
 
     fn real_path(&self, _path: &Path) -> Option<PathBuf> {

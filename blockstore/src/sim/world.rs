@@ -75,6 +75,7 @@ fn eio() -> io::Error {
 #[derive(Debug)]
 pub(crate) struct World {
     seed: u64,
+    boots: u64,
     random: Random,
     inodes: BTreeMap<InodeId, Inode>,
     names: Names,
@@ -94,6 +95,7 @@ impl World {
     pub(crate) fn new(seed: u64) -> World {
         World {
             seed,
+            boots: 0,
             random: Random::new(seed),
             inodes: BTreeMap::new(),
             names: Names::new(),
@@ -120,6 +122,10 @@ impl World {
 
     pub(crate) fn seed(&self) -> u64 {
         self.seed
+    }
+
+    pub(crate) fn boot_id(&self) -> u128 {
+        u128::from(self.seed) << 64 | u128::from(self.boots)
     }
 
     pub(crate) fn is_off(&self) -> bool {
@@ -365,6 +371,7 @@ impl World {
         self.off = true;
         let mut random = Random::new(seed ^ self.operations.wrapping_mul(0xd6e8_feb8_6659_fd93));
         let mut after = World::new(random.next());
+        after.boots = self.boots + 1;
         after.dirs.clone_from(&self.dirs);
         after.names.clone_from(&self.durable_names);
         let mode = random.below(4);

@@ -36,6 +36,28 @@ fn a_failed_sync_poisons_for_ever_and_reads_go_on() {
 }
 
 #[test]
+fn whoever_opens_after_a_failed_sync_does_not_build_on_what_it_lost() {
+    for seed in 0..60 {
+        let folder = SimFolder::new(seed);
+        let overlay = create(&folder, SIZE).unwrap();
+        overlay.write(0, &[1; 4096]).unwrap();
+        overlay.flush().unwrap();
+        let folder = folder.clone().fail_sync_at(folder.syncs() + seed % 2);
+        overlay.write(4096, &[2; 4096]).unwrap();
+        overlay.flush().unwrap_err();
+        drop(overlay);
+        let overlay = open(&folder, SIZE).unwrap();
+        assert_eq!(overlay.usage().data_grains, 1, "only what is journalled counts");
+        overlay.write(8192, &[3; 4096]).unwrap();
+        overlay.flush().unwrap();
+        drop(overlay);
+        let overlay = open(&folder.after_crash(), SIZE).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        assert_eq!(read(&overlay, 0, 4096), [1; 4096]);
+        assert_eq!(read(&overlay, 8192, 4096), [3; 4096]);
+    }
+}
+
+#[test]
 fn a_failed_sync_of_a_compaction_leaves_one_good_journal() {
     // The data file's, the new journal's, the folder's.
     for nth in 0..3 {

@@ -4,6 +4,7 @@ use std::thread;
 
 use proptest::prelude::*;
 
+use super::super::map::State;
 use super::*;
 
 #[derive(Debug, Clone)]
@@ -66,8 +67,7 @@ proptest! {
                 }
                 Step::Flush => overlay.flush().unwrap(),
                 Step::Reopen => {
-                    overlay.flush().unwrap();
-                    drop(overlay);
+                    drop(overlay); // as if the process had been killed: nothing acknowledged is lost
                     overlay = open(&folder, DISK).unwrap();
                     overlay.journal.lock().unwrap().set_compact_min(compact_min);
                 }
@@ -126,4 +126,95 @@ fn writers_of_different_bytes_of_one_grain_do_not_undo_each_other() {
         }
     }
     assert_eq!(read(&overlay, 33 * 4096 + 5, 4), b"kept");
+}
+
+#[test]
+fn two_parts_of_a_grain_that_is_fetched_from_a_slow_base_both_arrive() {
+    let base = TestBase::new(SIZE);
+    base.slow.store(true, Ordering::Relaxed);
+    let overlay = Overlay::create(Arc::new(SimFolder::new(3)), dir(), identity(SIZE), base).unwrap();
+    thread::scope(|scope| {
+        for thread in 0..4u8 {
+            let overlay = &overlay;
+            scope.spawn(move || {
+                for grain in 0..20u64 {
+                    overlay.write(grain * 4096 + u64::from(thread) * 1000, &[thread + 1; 900]).unwrap();
+                }
+                // A whole grain needs nothing from the base, and must not be undone by one that does.
+                overlay.write(30 * 4096, &[9; 4096]).unwrap();
+                overlay.write(30 * 4096 + u64::from(thread) * 1000, &[9; 900]).unwrap();
+            });
+        }
+    });
+    for grain in 0..20 {
+        for thread in 0..4u8 {
+            assert_eq!(read(&overlay, grain * 4096 + u64::from(thread) * 1000, 900), [thread + 1; 900]);
+        }
+    }
+    assert_eq!(read(&overlay, 30 * 4096, 4096), [9; 4096]);
+}
+
+#[test]
+fn acknowledged_writes_outlive_a_killed_process_and_the_next_flush_covers_them() {
+    for turn in [0, 60_000u64] {
+        let folder = SimFolder::new(turn);
+        let size = 400_000 * 4096;
+        let overlay = create(&folder, size).unwrap();
+        // Enough changes to go over to the second file with one flush, and back with another.
+        for round in 0..3 {
+            for grain in 10 + round * turn..10 + (round + 1) * turn {
+                overlay.mark(2 * grain..2 * grain + 1, State::Zero).unwrap();
+            }
+            overlay.flush().unwrap();
+        }
+        overlay.write(4096, &[1; 4096]).unwrap();
+        overlay.flush().unwrap();
+        overlay.write(4096, &[2; 100]).unwrap(); // journalled already
+        overlay.write(3 * 4096 + 5, &[3; 100]).unwrap(); // known to no flush
+        overlay.trim(5 * 4096, 4096).unwrap();
+        let usage = overlay.usage();
+        drop(overlay);
+        let overlay = open(&folder, size).unwrap();
+        let check = |overlay: &Overlay| {
+            assert_eq!(read(overlay, 4096, 200), [[2; 100], [1; 100]].concat());
+            assert_eq!(read(overlay, 3 * 4096 + 5, 100), [3; 100]);
+            assert_eq!(read(overlay, 5 * 4096, 4096), [0; 4096]);
+        };
+        check(&overlay);
+        assert_eq!(overlay.usage(), usage);
+        overlay.flush().unwrap();
+        drop(overlay);
+        let overlay = open(&folder.after_crash(), size).unwrap();
+        check(&overlay);
+        assert_eq!(overlay.usage().zero_grains, usage.zero_grains);
+    }
+}
+
+#[test]
+fn a_damaged_list_of_recent_changes_is_believed_up_to_the_damage() {
+    let path = dir().join("recent.0");
+    for offset in 0..64 + 3 * 20 {
+        let folder = SimFolder::new(1);
+        let overlay = create(&folder, SIZE).unwrap();
+        for grain in 0..3 {
+            overlay.write(grain * 8192, &[1; 4096]).unwrap();
+        }
+        drop(overlay);
+        let file = folder.open_exclusive(&path).unwrap();
+        assert_eq!(file.len().unwrap(), 64 + 3 * 20);
+        let mut byte = [0];
+        file.read_at(offset, &mut byte).unwrap();
+        file.write_at(offset, &[byte[0] ^ 0x10]).unwrap();
+        drop(file);
+        let believed = match offset {
+            0..36 => 0,
+            36..64 => 3, // reserved
+            _ => (offset - 64) / 20,
+        };
+        let overlay = open(&folder, SIZE).unwrap();
+        assert_eq!(overlay.usage().data_grains, believed, "byte {offset}");
+        overlay.write(20 * 4096, &[1; 4096]).unwrap();
+        drop(overlay);
+        assert_eq!(open(&folder, SIZE).unwrap().usage().data_grains, believed + 1);
+    }
 }
