@@ -16,7 +16,7 @@ use crate::pack::fetch::{Fetcher, READ_MAX};
 use crate::point::PointedDisk;
 
 /// One answer about extents looks at this many manifest leaves at most, whatever was asked for.
-const LEAVES_MAX: u32 = 256;
+const LEAVES_MAX: u32 = 1024;
 
 /// A disk of a recovery point. Opening costs the same for every size; nodes and chunks are loaded when they are read
 /// and kept in the repository's caches. Reads are checked against the chunk's id before a byte is returned.
@@ -85,7 +85,7 @@ impl PointDisk {
         let size = self.core.chunk_size;
         let end = offset + length;
         let first = offset / size;
-        let last = end.div_ceil(size);
+        let last = if length == 0 { first } else { end.div_ceil(size) };
         (first..last).map(move |chunk| {
             let start = offset.max(chunk * size) - chunk * size;
             let end = end.min((chunk + 1) * size) - chunk * size;
