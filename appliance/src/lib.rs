@@ -1,1 +1,21 @@
-//! x
+//! Lifeboat boots a virtual machine straight from its backup. This crate is the program: its operations ([`api`]),
+//! the command line that asks for them ([`cli`]), and what joins the libraries that carry them ([`exports`]).
+
+pub mod api;
+pub mod app;
+pub mod capture;
+pub mod catalog;
+mod causes;
+pub mod cli;
+pub mod exports;
+pub mod inspect;
+pub mod jobs;
+pub mod log;
+pub mod problem;
+pub mod publish;
+pub mod recovery;
+pub mod restore;
+pub mod service;
+pub mod signals;
+pub mod state_dir;
+pub mod verify;

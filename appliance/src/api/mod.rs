@@ -1,0 +1,205 @@
+//! The API: every operation of the product, over the state folder's socket or called in-process by the command
+//! line. Handlers take requests apart and put answers together; the work is done elsewhere.
+
+mod events;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{FromRequest, Path, Query, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::{Deserialize, Serialize};
+
+use crate::app::App;
+use crate::capture::{self, BackupRequest};
+use crate::catalog::PointSummary;
+use crate::jobs::{Job, JobView};
+use crate::problem::Problem;
+use crate::publish::ExportRequest;
+use crate::recovery::{RecoverRequest, RecoveryView};
+use crate::restore::{self, RestoreRequest};
+use crate::{inspect, verify};
+
+/// What `/healthz` says: who answers, and for which repository.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// The program's version.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+    /// The repository's folder.
+    pub repository: PathBuf,
+}
+
+/// A request body. What cannot be read is a usage problem.
+struct Body<T>(T);
+
+impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let body: Result<Json<T>, JsonRejection> = Json::from_request(request, state).await;
+        body.map(|Json(value)| Body(value))
+            .map_err(|error| Problem::usage(format!("bad request: {}", error.body_text())))
+    }
+}
+
+/// All routes.
+pub fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/healthz", get(health))
+        .route("/api/v1/points", get(list_points).post(back_up))
+        .route("/api/v1/points/{point}", get(show_point))
+        .route("/api/v1/points/{point}/restore", post(restore_point))
+        .route("/api/v1/verify", post(verify_repository))
+        .route("/api/v1/exports", post(export))
+        .route("/api/v1/recoveries", get(list_recoveries).post(recover))
+        .route("/api/v1/recoveries/{name}", get(show_recovery).delete(discard))
+        .route("/api/v1/jobs", get(list_jobs))
+        .route("/api/v1/jobs/{id}", get(show_job).delete(cancel_job))
+        .route("/api/v1/jobs/{id}/events", get(follow_job))
+        .fallback(|| async { Problem::not_found("there is no such resource") })
+        .with_state(app)
+}
+
+type Shared = State<Arc<App>>;
+type Answer<T> = Result<Json<T>, Problem>;
+
+async fn health(State(app): Shared) -> Json<Health> {
+    Json(Health {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        repository: app.location.clone(),
+    })
+}
+
+#[derive(Debug, Deserialize)]
+struct PointsQuery {
+    machine: Option<String>,
+}
+
+/// Runs work that touches the repository where it may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> + Send + 'static) -> Result<T, Problem> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed("the operation ended badly", &error))?
+}
+
+async fn list_points(State(app): Shared, Query(query): Query<PointsQuery>) -> Answer<Vec<PointSummary>> {
+    let mut points = blocking(move || app.points()).await?;
+    if let Some(machine) = query.machine {
+        points.retain(|point| point.machine == machine);
+        if points.is_empty() {
+            return Err(Problem::not_found(format!("machine {machine} has no recovery point"))
+                .hint("`lifeboat points` lists all machines"));
+        }
+    }
+    Ok(Json(points))
+}
+
+async fn show_point(State(app): Shared, Path(point): Path<String>) -> Answer<inspect::PointDetail> {
+    blocking(move || inspect::point(&app.repository, &app.resolve(&point)?)).await.map(Json)
+}
+
+fn accepted(job: &Job) -> Response {
+    (StatusCode::ACCEPTED, Json(job.view())).into_response()
+}
+
+async fn back_up(State(app): Shared, Body(request): Body<BackupRequest>) -> Result<Response, Problem> {
+    request.check()?;
+    let (jobs, subject) = (app.jobs.clone(), format!("machine {}", request.machine));
+    let job = jobs.start("backup", subject, move |progress| {
+        let newest = app.points()?.into_iter().rfind(|point| point.machine == request.machine);
+        let parent = newest.map(|point| crate::recovery::one::load_point(&app.repository, &point.id)).transpose()?;
+        let result = capture::back_up(&app.repository, parent.as_ref(), &request, progress)?;
+        to_value(&result)
+    });
+    Ok(accepted(&job))
+}
+
+async fn restore_point(
+    State(app): Shared,
+    Path(point): Path<String>,
+    Body(request): Body<RestoreRequest>,
+) -> Result<Response, Problem> {
+    let resolving = app.clone();
+    let point = blocking(move || resolving.resolve(&point)).await?;
+    let plan = restore::plan(&point, &request)?;
+    let jobs = app.jobs.clone();
+    let job = jobs.start("restore", format!("machine {}", point.machine), move |progress| {
+        let result = restore::restore(&app.repository, &point, &plan, progress)?;
+        to_value(&result)
+    });
+    Ok(accepted(&job))
+}
+
+async fn verify_repository(
+    State(app): Shared,
+    Body(request): Body<verify::VerifyRequest>,
+) -> Result<Response, Problem> {
+    let resolving = app.clone();
+    let spec = request.point.clone();
+    let point = blocking(move || spec.map(|spec| resolving.resolve(&spec)).transpose()).await?;
+    let subject = point.as_ref().map_or("the repository".to_owned(), |point| format!("point {}", point.id));
+    let jobs = app.jobs.clone();
+    let job = jobs.start("verify", subject, move |progress| {
+        let result = verify::verify(&app.repository, point.as_ref(), request.read_data, progress)?;
+        to_value(&result)
+    });
+    Ok(accepted(&job))
+}
+
+async fn export(State(app): Shared, Body(request): Body<ExportRequest>) -> Result<Response, Problem> {
+    let (resolving, spec) = (app.clone(), request.point.clone());
+    let point = blocking(move || resolving.resolve(&spec)).await?;
+    let hold = app.exports.start(&app.repository, &app.state, &point, &request).await?;
+    Ok(events::hold(hold))
+}
+
+async fn list_recoveries(State(app): Shared) -> Json<Vec<RecoveryView>> {
+    Json(app.recoveries.list())
+}
+
+async fn show_recovery(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
+    app.recoveries.view(&name).map(Json)
+}
+
+/// Starting and ending a recovery go on to their end even when the asker goes away.
+async fn recover(State(app): Shared, Body(request): Body<RecoverRequest>) -> Result<Response, Problem> {
+    let work = tokio::spawn(async move {
+        let (resolving, spec) = (app.clone(), request.point.clone());
+        let point = blocking(move || resolving.resolve(&spec)).await?;
+        app.recoveries.start(&point, request).await
+    });
+    let view = work.await.map_err(|error| Problem::failed("the recovery ended badly", &error))??;
+    Ok((StatusCode::CREATED, Json(view)).into_response())
+}
+
+async fn discard(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
+    let work = tokio::spawn(async move { app.recoveries.discard(&name).await });
+    work.await.map_err(|error| Problem::failed("the discard ended badly", &error))?.map(Json)
+}
+
+async fn list_jobs(State(app): Shared) -> Json<Vec<JobView>> {
+    Json(app.jobs.list())
+}
+
+async fn show_job(State(app): Shared, Path(id): Path<u64>) -> Answer<JobView> {
+    app.jobs.get(id).map(|job| Json(job.view()))
+}
+
+async fn cancel_job(State(app): Shared, Path(id): Path<u64>) -> Answer<JobView> {
+    let job = app.jobs.get(id)?;
+    job.cancel();
+    Ok(Json(job.view()))
+}
+
+async fn follow_job(State(app): Shared, Path(id): Path<u64>) -> Result<Response, Problem> {
+    Ok(events::follow(app.jobs.get(id)?))
+}
+
+fn to_value(value: &impl Serialize) -> Result<serde_json::Value, Problem> {
+    serde_json::to_value(value).map_err(|error| Problem::failed("cannot write the result", &error))
+}

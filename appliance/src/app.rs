@@ -1,0 +1,231 @@
+//! One process's hold on a repository and a state folder: what every operation of the API works on.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockstore::disk::LocalFolder;
+use blockstore::{LocalStorage, Repository, Secret};
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+
+use crate::catalog::{Catalog, PointSummary, spec};
+use crate::jobs::Jobs;
+use crate::problem::{Kind, Problem};
+use crate::publish::Exports;
+use crate::recovery::Recoveries;
+use crate::state_dir::{Ownership, StateDir};
+
+/// Memory for decoded chunks, shared by all disks that are served.
+pub const CACHE_BYTES: u64 = 512 << 20;
+
+/// What a process opens.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The repository: a folder, as a path or a `file://` URL.
+    pub repository: Option<String>,
+    /// The state folder.
+    pub state: PathBuf,
+    /// A file whose first line is the passphrase.
+    pub passphrase_file: Option<PathBuf>,
+    /// The passphrase itself.
+    pub passphrase: Option<String>,
+    /// A key file.
+    pub key_file: Option<PathBuf>,
+}
+
+impl Options {
+    /// The repository's folder.
+    pub fn repository_path(&self) -> Result<PathBuf, Problem> {
+        let Some(location) = self.repository.as_deref().filter(|location| !location.is_empty()) else {
+            return Err(Problem::usage("no repository is named").hint("give --repo FOLDER or set LIFEBOAT_REPO"));
+        };
+        let path = match location.split_once("://") {
+            Some(("file", path)) => path,
+            Some((scheme, _)) => {
+                return Err(Problem::usage(format!("cannot keep a repository at a {scheme}:// URL"))
+                    .hint("name a local folder, as a path or a file:// URL"));
+            }
+            None => location,
+        };
+        std::path::absolute(path).map_err(|error| Problem::failed(format!("cannot use repository {path}"), &error))
+    }
+
+    /// The passphrase or key file given, if any.
+    pub fn secret(&self) -> Result<Option<Secret>, Problem> {
+        if let Some(path) = &self.key_file {
+            let bytes = read_small(path, "key file")?;
+            return Ok(Some(Secret::key_file(bytes)));
+        }
+        if let Some(path) = &self.passphrase_file {
+            let bytes = read_small(path, "passphrase file")?;
+            let text = String::from_utf8(bytes)
+                .map_err(|_| Problem::usage(format!("passphrase file {} is not text", path.display())))?;
+            let line = text.lines().next().unwrap_or_default().to_owned();
+            if line.is_empty() {
+                return Err(Problem::usage(format!("passphrase file {} is empty", path.display())));
+            }
+            return Ok(Some(Secret::passphrase(line)));
+        }
+        Ok(self.passphrase.clone().filter(|passphrase| !passphrase.is_empty()).map(Secret::passphrase))
+    }
+}
+
+/// Reads a file that holds a secret; a huge one is a mistake.
+fn read_small(path: &Path, what: &str) -> Result<Vec<u8>, Problem> {
+    const LEN_MAX: u64 = 64 << 10;
+    let read = || {
+        use std::io::Read;
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(path)?;
+        if file.take(LEN_MAX + 1).read_to_end(&mut bytes)? as u64 > LEN_MAX {
+            return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, "it is longer than 64 KiB"));
+        }
+        Ok(bytes)
+    };
+    read().map_err(|error| Problem::failed(format!("cannot read {what} {}", path.display()), &error))
+}
+
+/// The storage of the repository in folder `path`.
+pub fn storage(path: &Path) -> Arc<LocalStorage> {
+    Arc::new(LocalStorage::new(Arc::new(LocalFolder::new(path))))
+}
+
+/// What operations work on.
+#[derive(Debug)]
+pub struct App {
+    /// Where the repository is.
+    pub location: PathBuf,
+    /// The repository.
+    pub repository: Arc<Repository>,
+    /// The state folder.
+    pub state: StateDir,
+    /// Long work.
+    pub jobs: Arc<Jobs>,
+    /// Running recoveries.
+    pub recoveries: Arc<Recoveries>,
+    /// Exports without a recovery.
+    pub exports: Arc<Exports>,
+    catalog: Catalog,
+    _ownership: Ownership,
+}
+
+impl App {
+    /// Takes the state folder and opens the repository. `command` is what others are told that keeps them out.
+    ///
+    /// Nothing is served yet; see [`App::listen`] and [`Recoveries::take_up`].
+    pub fn open(options: &Options, command: &str) -> Result<Arc<App>, Problem> {
+        let location = options.repository_path()?;
+        let secret = options.secret()?;
+        let repository = Repository::open(storage(&location), secret.as_ref(), CACHE_BYTES)
+            .map_err(|error| Problem::from_open(&location, &error))?;
+        let state = StateDir::new(options.state.clone());
+        let ownership = state.own(command)?;
+        let catalog = Catalog::open(&state.catalog(&repository.id().to_string()))?;
+        let repository = Arc::new(repository);
+        let context = crate::recovery::Context { repository: repository.clone(), state: state.clone() };
+        Ok(Arc::new(App {
+            location,
+            repository,
+            jobs: Arc::default(),
+            recoveries: Arc::new(Recoveries::new(context)),
+            exports: Arc::default(),
+            state,
+            catalog,
+            _ownership: ownership,
+        }))
+    }
+
+    /// Serves the API on the state folder's socket.
+    pub fn listen(self: &Arc<App>) -> Result<JoinHandle<()>, Problem> {
+        let socket = self.state.socket();
+        let bind = || {
+            match std::fs::remove_file(&socket) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            UnixListener::bind(&socket)
+        };
+        let listener =
+            bind().map_err(|error| Problem::failed(format!("cannot listen on {}", socket.display()), &error))?;
+        let router = crate::api::router(self.clone());
+        Ok(tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, router).await {
+                tracing::error!(%error, "the API has ended");
+            }
+        }))
+    }
+
+    /// All recovery points, oldest first.
+    pub fn points(&self) -> Result<Vec<PointSummary>, Problem> {
+        self.catalog.points(&self.repository)
+    }
+
+    /// The recovery point that `spec` names.
+    pub fn resolve(&self, spec: &str) -> Result<PointSummary, Problem> {
+        spec::resolve(&self.points()?, spec).cloned()
+    }
+
+    /// Ends what this process serves, and leaves recoveries for the next one to take up.
+    pub async fn close(&self) {
+        self.exports.close().await;
+        self.recoveries.leave().await;
+        // A socket that is gone already is as good.
+        let _ = std::fs::remove_file(self.state.socket());
+    }
+
+    /// Work that others than this process's own command have begun and that is not over.
+    pub fn busy_with(&self) -> Vec<String> {
+        let jobs = self.jobs.running().into_iter().map(|job| {
+            let view = job.view();
+            format!("{} of {}", view.kind, view.subject)
+        });
+        jobs.chain(self.exports.list().into_iter().map(|export| format!("export of {export}"))).collect()
+    }
+}
+
+/// Makes a repository.
+pub fn init(options: &Options, chunk_size: u32, encryption: Encryption) -> Result<blockstore::RepositoryId, Problem> {
+    use blockstore::Protection;
+    let location = options.repository_path()?;
+    let protection = match (encryption, options.secret()?) {
+        (Encryption::None, None) => Protection::None,
+        (Encryption::None, Some(_)) => {
+            return Err(Problem::usage("a repository without encryption has no passphrase or key file")
+                .hint("leave out --no-encryption, or the passphrase"));
+        }
+        (Encryption::Aes256Gcm, Some(secret)) => Protection::Secret(secret),
+        (Encryption::Aes256Gcm, None) => {
+            return Err(Problem::usage("an encrypted repository needs a passphrase or a key file")
+                .hint("set LIFEBOAT_PASSPHRASE, give --passphrase-file or --key-file, or choose --no-encryption"));
+        }
+    };
+    std::fs::create_dir_all(&location)
+        .map_err(|error| Problem::failed(format!("cannot make repository folder {}", location.display()), &error))?;
+    let repository = Repository::init(storage(&location), chunk_size, protection)
+        .map_err(|error| Problem::from_init(&location, &error))?;
+    Ok(repository.id())
+}
+
+/// Whether a new repository is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encryption {
+    /// Everything is stored as it is.
+    None,
+    /// Chunks and recovery points are encrypted.
+    Aes256Gcm,
+}
+
+/// Makes a new key file that only its owner can read. An existing one is used as it is.
+pub fn make_key_file(path: &Path) -> Result<(), Problem> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    if path.exists() {
+        return Ok(());
+    }
+    let write = || {
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(&Repository::generate_key_file()?)?;
+        file.sync_all()
+    };
+    write().map_err(|error| Problem::because(Kind::Failed, format!("cannot make key file {}", path.display()), &error))
+}

@@ -1,0 +1,154 @@
+//! Backup: opens the sources of a machine's disks and stores them as one recovery point.
+
+mod qemu_nbd;
+mod source;
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use blockstore::{Consistency, PointDetails, Progress, RecoveryPoint, Repository, Source};
+use serde::{Deserialize, Serialize};
+
+pub use source::parse_sources;
+
+use crate::problem::{Kind, Problem};
+
+/// Longest machine, disk or label name.
+const NAME_MAX: usize = 128;
+
+/// A disk to back up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceSpec {
+    /// What the disk is called in the recovery point.
+    pub disk: String,
+    /// An absolute path, or an `nbd://` or `nbd+unix://` URI.
+    pub location: String,
+}
+
+/// What to back up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupRequest {
+    /// The machine.
+    pub machine: String,
+    /// Its disks in order.
+    pub sources: Vec<SourceSpec>,
+    /// Kept with the point.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// `raw` or `qcow2`; found out by looking when not given.
+    #[serde(default)]
+    pub format: Option<String>,
+}
+
+impl BackupRequest {
+    /// Checks names, and that no disk is named twice.
+    pub fn check(&self) -> Result<(), Problem> {
+        check_name("machine", &self.machine)?;
+        if self.sources.is_empty() {
+            return Err(Problem::usage(format!("machine {} has no disk to back up", self.machine))
+                .hint("name at least one image file, block device or NBD URI"));
+        }
+        let mut seen = HashSet::new();
+        for source in &self.sources {
+            check_name("disk", &source.disk)?;
+            if !seen.insert(&source.disk) {
+                return Err(Problem::usage(format!("disk {} is given twice", source.disk))
+                    .hint("name each disk differently: root=a.qcow2 data=b.qcow2"));
+            }
+        }
+        for key in self.labels.keys() {
+            check_name("label", key)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a backup did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BackupResult {
+    /// The id of the new recovery point.
+    pub point: String,
+    /// Bytes read from the sources.
+    pub read: u64,
+    /// Bytes of chunks that the repository did not have.
+    pub new: u64,
+    /// Bytes that they take in the repository.
+    pub stored: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// Names become parts of paths, URIs and export names.
+pub fn check_name(what: &str, name: &str) -> Result<(), Problem> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-+:".contains(&byte);
+    if name.is_empty() || name.len() > NAME_MAX || name.starts_with(['.', '-']) || !name.bytes().all(good) {
+        return Err(Problem::usage(format!("`{name}` cannot be the name of a {what}"))
+            .hint(format!("use up to {NAME_MAX} letters, digits and . _ - + : with a letter or digit first")));
+    }
+    Ok(())
+}
+
+/// Backs up a machine. A failure leaves no recovery point.
+pub fn back_up(
+    repository: &Repository,
+    parent: Option<&RecoveryPoint>,
+    request: &BackupRequest,
+    progress: &Arc<Progress>,
+) -> Result<BackupResult, Problem> {
+    request.check()?;
+    let started = Instant::now();
+    let mut sources: Vec<(&str, Box<dyn Source>)> = Vec::with_capacity(request.sources.len());
+    for spec in &request.sources {
+        sources.push((&spec.disk, source::open(spec, request.format.as_deref())?));
+    }
+    let failed = |error: &blockstore::BackupError| Problem::from_backup(&request.machine, error);
+    let mut backup =
+        repository.begin_backup(&request.machine, parent, progress.clone()).map_err(|error| failed(&error))?;
+    for (disk, source) in &sources {
+        if source.size() == 0 {
+            return Err(Problem::new(Kind::Usage, format!("disk {disk} of machine {} is empty", request.machine))
+                .hint("its source has 0 bytes; name the right file"));
+        }
+        backup.add_disk(disk, source.as_ref()).map_err(|error| failed(&error))?;
+    }
+    let point = backup
+        .seal(PointDetails {
+            labels: request.labels.clone(),
+            consistency: Consistency::Crash,
+            hardware: serde_json::Value::Null,
+        })
+        .map_err(|error| failed(&error))?;
+    Ok(BackupResult {
+        point: point.id.to_string(),
+        read: point.stats.read,
+        new: point.stats.new_bytes,
+        stored: point.stats.stored_bytes,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(machine: &str, disks: &[&str]) -> BackupRequest {
+        let source = |disk: &&str| SourceSpec { disk: (*disk).to_owned(), location: "/x".into() };
+        BackupRequest {
+            machine: machine.into(),
+            sources: disks.iter().map(source).collect(),
+            labels: BTreeMap::new(),
+            format: None,
+        }
+    }
+
+    #[test]
+    fn names_that_could_leave_their_folder_are_refused() {
+        request("web01.example", &["disk0", "data-1"]).check().unwrap();
+        for machine in ["", ".", "..", "-x", "a/b", "a b", "a\n", &"x".repeat(200)] {
+            assert_eq!(request(machine, &["disk0"]).check().unwrap_err().kind, Kind::Usage, "{machine}");
+        }
+        assert_eq!(request("m", &["a", "a"]).check().unwrap_err().kind, Kind::Usage);
+        assert_eq!(request("m", &[]).check().unwrap_err().kind, Kind::Usage);
+    }
+}

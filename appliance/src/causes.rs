@@ -1,0 +1,180 @@
+//! From the libraries' errors to problems: which kind each is, on which object, and what to do about it.
+
+use std::io::ErrorKind;
+use std::path::Path;
+
+use blockstore::error::ReadError;
+use blockstore::overlay::OverlayError;
+use blockstore::{BackupError, InitError, OpenError, RestoreError, VerifyError};
+use images::TargetError;
+use nbd_server::ListenError;
+
+use crate::problem::{Kind, Problem};
+
+/// What to do about a full repository.
+const MAKE_ROOM: &str = "make room there and try again; what is stored already is whole";
+/// What to do about damage.
+const VERIFY: &str = "`lifeboat verify --read-data` names all that is damaged; other recovery points may be whole";
+
+impl Problem {
+    /// Reading what the store keeps.
+    pub fn from_read(title: &str, error: &ReadError) -> Problem {
+        match error {
+            ReadError::Damaged { .. } | ReadError::CorruptChunk { .. } | ReadError::MissingChunk { .. } => {
+                Problem::because(Kind::Damage, title, error).hint(VERIFY)
+            }
+            // An object that is shorter than it was, or gone.
+            ReadError::Io { source, .. } if matches!(source.kind(), ErrorKind::UnexpectedEof | ErrorKind::NotFound) => {
+                Problem::because(Kind::Damage, title, error).hint(VERIFY)
+            }
+            ReadError::NoSuchPoint { .. } | ReadError::NoSuchDisk { .. } => {
+                Problem::because(Kind::NotFound, title, error)
+            }
+            ReadError::OutOfRange { .. } => Problem::because(Kind::Usage, title, error),
+            ReadError::Io { .. } | ReadError::Cancelled => Problem::failed(title, error),
+        }
+    }
+
+    /// Backing up a machine.
+    pub fn from_backup(machine: &str, error: &BackupError) -> Problem {
+        let title = format!("cannot back up machine {machine}");
+        let problem = Problem::failed(&title, error);
+        match error {
+            BackupError::Source { .. } => problem.hint("no recovery point was made; see to the source and try again"),
+            BackupError::SourceChanged { .. } => {
+                problem.hint("no recovery point was made; back it up again when nobody resizes it")
+            }
+            BackupError::NoSpace { .. } => problem.hint(MAKE_ROOM),
+            BackupError::Parent(cause) => Problem::from_read(&format!("{title}: {error}"), cause),
+            BackupError::Disk { .. } => problem.with_kind(Kind::Usage),
+            BackupError::Cancelled => {
+                Problem::new(Kind::Failed, format!("the backup of machine {machine} was cancelled"))
+                    .hint("no recovery point was made")
+            }
+            BackupError::Storage { .. }
+            | BackupError::Point(_)
+            | BackupError::Randomness(_)
+            | BackupError::Threads(_)
+            | BackupError::Failed => problem,
+        }
+    }
+
+    /// Listening for NBD clients.
+    pub fn from_listen(error: &ListenError) -> Problem {
+        let title = "cannot serve over NBD";
+        match error {
+            ListenError::Syntax(_) | ListenError::PathTooLong { .. } | ListenError::NotASocket { .. } => {
+                Problem::because(Kind::Usage, title, error)
+            }
+            ListenError::NotLoopback(_) => {
+                Problem::because(Kind::Refused, title, error).hint("listen on unix:PATH or tcp:127.0.0.1:PORT")
+            }
+            ListenError::AddressInUse(_) => Problem::because(Kind::Refused, title, error)
+                .hint("choose another path or port; port 0 takes a free one"),
+            ListenError::Io { .. } => Problem::failed(title, error),
+        }
+    }
+
+    /// Opening or making an overlay.
+    pub fn from_overlay(title: &str, error: &OverlayError) -> Problem {
+        match error {
+            OverlayError::Busy { .. } => {
+                Problem::because(Kind::Refused, title, error).hint("another process serves it; stop that one first")
+            }
+            OverlayError::Mismatch { .. } | OverlayError::Exists { .. } => {
+                Problem::because(Kind::Refused, title, error).hint("name another folder for this overlay")
+            }
+            OverlayError::Damaged { .. } => Problem::because(Kind::Damage, title, error),
+            OverlayError::NoSpace { .. } => Problem::failed(title, error).hint("make room on its file system"),
+            OverlayError::Base(cause) => Problem::from_read(title, cause),
+            OverlayError::Missing { .. } => Problem::because(Kind::NotFound, title, error),
+            OverlayError::Poisoned { .. }
+            | OverlayError::Io { .. }
+            | OverlayError::BaseSize { .. }
+            | OverlayError::Limits
+            | OverlayError::Unsupported { .. }
+            | OverlayError::OutOfRange { .. } => Problem::failed(title, error),
+        }
+    }
+
+    /// Opening an image to back it up.
+    pub fn from_image(title: &str, error: &images::OpenError) -> Problem {
+        match error {
+            images::OpenError::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
+                Problem::because(Kind::NotFound, title, error)
+            }
+            images::OpenError::NotAnImage { .. } => Problem::because(Kind::Usage, title, error),
+            images::OpenError::BackingFile { .. } => Problem::because(Kind::Refused, title, error),
+            images::OpenError::Io { .. }
+            | images::OpenError::Unsupported { .. }
+            | images::OpenError::Damaged { .. } => Problem::failed(title, error),
+        }
+    }
+
+    /// Making the target of a restore.
+    pub fn from_target(what: &str, error: &TargetError) -> Problem {
+        let title = format!("cannot restore {what}");
+        match error {
+            TargetError::Exists { .. } => Problem::because(Kind::Refused, title, error).hint("--overwrite replaces it"),
+            TargetError::TooSmall { .. } => Problem::because(Kind::Refused, title, error),
+            TargetError::Unfit { .. } => Problem::because(Kind::Usage, title, error),
+            TargetError::Io { .. } => Problem::failed(title, error),
+        }
+    }
+
+    /// Making a repository.
+    pub fn from_init(location: &Path, error: &InitError) -> Problem {
+        let title = format!("cannot make repository {}", location.display());
+        match error {
+            InitError::Exists => {
+                Problem::because(Kind::Refused, title, error).hint("use it as it is, or name another folder")
+            }
+            InitError::NotEmpty => {
+                Problem::because(Kind::Refused, title, error).hint("name a folder that is empty or does not exist")
+            }
+            InitError::ChunkSize(_) | InitError::WeakSecret => Problem::because(Kind::Usage, title, error),
+            InitError::Io { .. } | InitError::Open(_) => Problem::failed(title, error),
+        }
+    }
+
+    /// Opening a repository.
+    pub fn from_open(location: &Path, error: &OpenError) -> Problem {
+        let title = format!("cannot open repository {}", location.display());
+        match error {
+            OpenError::NotARepository => {
+                Problem::because(Kind::NotFound, title, error).hint("check --repo, or make one with `lifeboat init`")
+            }
+            OpenError::UnknownVersion(_) => Problem::because(Kind::Refused, title, error)
+                .hint("use the version of lifeboat that made it, or a later one"),
+            OpenError::Damaged { .. } => Problem::because(Kind::Damage, title, error)
+                .hint("put the object back from a copy of the repository; nothing was changed"),
+            OpenError::SecretNeeded => Problem::because(Kind::Refused, title, error)
+                .hint("set LIFEBOAT_PASSPHRASE, or give --passphrase-file or --key-file"),
+            OpenError::WrongKey => Problem::because(Kind::Refused, title, error)
+                .hint("check LIFEBOAT_PASSPHRASE, --passphrase-file or --key-file"),
+            OpenError::Io { .. } => Problem::failed(title, error),
+            OpenError::Index(cause) => Problem::from_read(&title, cause),
+        }
+    }
+
+    /// Restoring a disk.
+    pub fn from_restore(what: &str, error: &RestoreError) -> Problem {
+        let title = format!("cannot restore {what}");
+        match error {
+            RestoreError::Read { offset, source } => {
+                Problem::from_read(&format!("{title}: at offset {offset}"), source)
+            }
+            RestoreError::Target { .. } | RestoreError::Threads(_) => Problem::failed(title, error),
+            RestoreError::Cancelled => Problem::new(Kind::Failed, format!("the restore of {what} was cancelled"))
+                .hint("nothing was left there"),
+        }
+    }
+
+    /// Verifying the repository.
+    pub fn from_verify(error: &VerifyError) -> Problem {
+        match error {
+            VerifyError::Read(cause) => Problem::from_read("cannot verify the repository", cause),
+            VerifyError::Cancelled => Problem::new(Kind::Failed, "the verification was cancelled"),
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::app::Options;
+use crate::problem::Problem;
+
+/// Boots virtual machines straight from their backup.
+#[derive(Debug, Parser)]
+#[command(
+    name = "lifeboat",
+    version,
+    about = "Boots virtual machines straight from their backup",
+    after_help = "A POINT is an id prefix, MACHINE (its newest), MACHINE~1 (one before) or MACHINE@TIME.\n\
+                  Exit status: 0 done, 1 failed, 2 usage, 3 damage found, 4 not found, 5 refused or in use."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// The repository: a folder, as a path or a file:// URL
+    #[arg(long, global = true, env = "LIFEBOAT_REPO", value_name = "URL")]
+    pub repo: Option<String>,
+    /// The folder for recoveries and caches [default: /var/lib/lifeboat, or ~/.local/state/lifeboat]
+    #[arg(long, global = true, env = "LIFEBOAT_STATE", value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// A file whose first line is the passphrase; LIFEBOAT_PASSPHRASE may hold the passphrase itself
+    #[arg(long, global = true, env = "LIFEBOAT_PASSPHRASE_FILE", value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+    /// The repository's key file, used instead of a passphrase; `init` makes it
+    #[arg(long, global = true, env = "LIFEBOAT_KEY_FILE", value_name = "FILE", conflicts_with = "passphrase_file")]
+    pub key_file: Option<PathBuf>,
+    /// Answer in JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Global {
+    /// What a process that does the work itself opens.
+    pub fn options(&self) -> Result<Options, Problem> {
+        let state = match &self.state {
+            Some(state) => state.clone(),
+            None => default_state()?,
+        };
+        let state = std::path::absolute(&state)
+            .map_err(|error| Problem::failed(format!("cannot use state folder {}", state.display()), &error))?;
+        Ok(Options {
+            repository: self.repo.clone(),
+            state,
+            passphrase_file: self.passphrase_file.clone(),
+            passphrase: std::env::var("LIFEBOAT_PASSPHRASE").ok(),
+            key_file: self.key_file.clone(),
+        })
+    }
+}
+
+fn default_state() -> Result<PathBuf, Problem> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(PathBuf::from("/var/lib/lifeboat"));
+    }
+    let var = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    var("XDG_STATE_HOME")
+        .or_else(|| var("HOME").map(|home| home.join(".local/state")))
+        .map(|dir| dir.join("lifeboat"))
+        .ok_or_else(|| Problem::usage("there is no place for the state folder").hint("give --state DIR"))
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a repository
+    Init(Init),
+    /// Back up a machine's disks as a recovery point
+    Backup(Backup),
+    /// List recovery points
+    Points(Points),
+    /// Show one recovery point
+    Show(Show),
+    /// Copy a recovery point's disks to image files or devices
+    Restore(Restore),
+    /// Check that what is stored is whole
+    Verify(Verify),
+    /// Serve a recovery point's disks over NBD until interrupted
+    Export(Export),
+    /// Boot a machine straight from a recovery point
+    Recover(Recover),
+    /// List running recoveries
+    Recoveries,
+    /// Show one recovery
+    Recovery(Name),
+    /// End a recovery; what its guest wrote is lost, the recovery point stays
+    Discard(Name),
+    /// Run as a service: take up recoveries, serve their disks and the API
+    Serve(Serve),
+}
+
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Size of a chunk: a power of two from 16K to 4M
+    #[arg(long, default_value = "64K", value_name = "SIZE", value_parser = parse_size)]
+    pub chunk_size: u64,
+    /// Store everything as it is; whoever can read the folder can read the disks
+    #[arg(long)]
+    pub no_encryption: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Backup {
+    /// What the machine is called
+    pub machine: String,
+    /// An image file or block device (raw, qcow2, or what qemu-nbd opens), or an nbd:// or nbd+unix:// URI;
+    /// NAME=SOURCE names the disk, else they are disk0, disk1 and so on
+    #[arg(required = true, value_name = "SOURCE")]
+    pub sources: Vec<String>,
+    /// Keep KEY=VALUE with the recovery point
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub labels: Vec<String>,
+    /// Take image files to be `raw` or `qcow2` instead of looking
+    #[arg(long, value_parser = ["raw", "qcow2"])]
+    pub format: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Points {
+    /// Only this machine's
+    pub machine: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Show {
+    pub point: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Restore {
+    pub point: String,
+    /// Where to: a file, a block device, or a folder for all disks; DISK=TARGET for one of several
+    #[arg(long = "to", required = true, num_args = 1.., value_name = "[DISK=]TARGET")]
+    pub to: Vec<String>,
+    /// `raw` or `qcow2` [default: by the target's ending, else raw]
+    #[arg(long, value_parser = ["raw", "qcow2"])]
+    pub format: Option<String>,
+    /// Replace files that exist and write to block devices
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Only what this recovery point needs [default: all of the repository]
+    pub point: Option<String>,
+    /// Read, decrypt and check every chunk, not only the structure
+    #[arg(long)]
+    pub read_data: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Export {
+    pub point: String,
+    /// Only this disk [default: all]
+    #[arg(long)]
+    pub disk: Option<String>,
+    /// unix:PATH or tcp:HOST:PORT (loopback only; port 0 takes a free one)
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: String,
+    /// Refuse writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// Keep what is written in this folder, and go on with what it holds [default: a throw-away overlay]
+    #[arg(long, value_name = "DIR")]
+    pub overlay: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Recover {
+    pub point: String,
+    /// What the recovery is called [default: the machine]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// `qemu` starts a VM; `none` only serves the disks
+    #[arg(long, default_value = "qemu")]
+    pub on: String,
+    /// The guest's memory
+    #[arg(long, default_value = "2G", value_name = "SIZE", value_parser = parse_size)]
+    pub memory: u64,
+    /// The guest's CPUs
+    #[arg(long, default_value_t = 2)]
+    pub cpus: u32,
+    /// none, user or bridge:NAME
+    #[arg(long, default_value = "none")]
+    pub network: String,
+    /// auto, kvm or tcg
+    #[arg(long, default_value = "auto", env = "LIFEBOAT_ACCEL")]
+    pub accel: String,
+    /// auto looks at the first disk; else bios or uefi
+    #[arg(long, default_value = "auto")]
+    pub firmware: String,
+    /// QEMU's machine type
+    #[arg(long, default_value = "q35")]
+    pub machine_type: String,
+    /// How disks are attached: virtio, scsi or sata
+    #[arg(long, default_value = "virtio")]
+    pub bus: String,
+    /// Wait this many seconds for the guest's first console output, to report when it came
+    #[arg(long, default_value_t = 20, value_name = "SECONDS")]
+    pub wait: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Name {
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Started by another command: end when there is nothing left to serve
+    #[arg(long, hide = true)]
+    pub background: bool,
+}
+
+/// A size in bytes with an optional binary unit: 512, 64K, 2G, 1.5T, 2GiB.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let bad = || format!("`{text}` is not a size; write 512M or 2G");
+    let trimmed = text.trim();
+    let digits = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
+    let (number, unit) = trimmed.split_at(digits);
+    let unit = unit.trim().to_ascii_lowercase();
+    let shift = match unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit) {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(bad()),
+    };
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if fraction.len() > 6 || (whole.is_empty() && fraction.is_empty()) {
+        return Err(bad());
+    }
+    let unit = 1_u64 << shift;
+    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| bad())? };
+    let mut bytes = whole.checked_mul(unit).ok_or_else(bad)?;
+    if !fraction.is_empty() {
+        let parts: u64 = fraction.parse().map_err(|_| bad())?;
+        let scale = 10_u64.pow(u32::try_from(fraction.len()).map_err(|_| bad())?);
+        let part = u128::from(parts) * u128::from(unit) / u128::from(scale);
+        bytes = bytes.checked_add(u64::try_from(part).map_err(|_| bad())?).ok_or_else(bad)?;
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        for (text, bytes) in
+            [("512", 512), ("64K", 65536), ("2G", 2 << 30), ("1.5T", 3 << 39), ("2GiB", 2 << 30), ("3 mb", 3 << 20)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "-1", "1X", "1..2", ".", "99999999999T", "18446744073709551616"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}

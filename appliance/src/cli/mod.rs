@@ -1,0 +1,122 @@
+//! The command line: turns arguments into requests of the API and prints the answers.
+
+mod args;
+mod backup;
+mod client;
+mod connect;
+mod export;
+mod points;
+mod progress;
+mod recover;
+mod render;
+mod restore;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use connect::Door;
+
+use crate::app;
+use crate::problem::{Kind, Problem};
+use crate::{service, signals};
+
+/// Runs the program: parses arguments, does the command, prints one error if there is one.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let voice = match &cli.command {
+        Command::Serve(serve) if serve.background => Voice::Background,
+        _ if cli.global.json => Voice::Json,
+        _ => Voice::Plain,
+    };
+    crate::log::init(matches!(cli.command, Command::Serve(_)));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Problem::failed("cannot start", &error), voice),
+    };
+    let result = runtime.block_on(async {
+        signals::listen()?;
+        run(cli).await
+    });
+    // A thread that still blocks (a cancelled read of a dead network file) must not keep the program from ending.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => report(&problem, voice),
+    }
+}
+
+/// To whom an error is told.
+#[derive(Debug, Clone, Copy)]
+enum Voice {
+    /// A person.
+    Plain,
+    /// A program that asked for JSON.
+    Json,
+    /// The command that started this service, which reads the log.
+    Background,
+}
+
+fn report(problem: &Problem, voice: Voice) -> ExitCode {
+    match voice {
+        Voice::Plain => {}
+        Voice::Json => render::json(problem),
+        Voice::Background => render::complain(&serde_json::to_string(problem).unwrap_or_default()),
+    }
+    if !matches!(voice, Voice::Background) {
+        render::complain(&format!("lifeboat: {problem}"));
+    }
+    ExitCode::from(problem.kind.exit_status())
+}
+
+async fn run(cli: Cli) -> Result<(), Problem> {
+    let Cli { global, command } = cli;
+    match command {
+        Command::Init(init) => return initialise(&global, &init),
+        Command::Serve(serve) => return service::serve(&global.options()?, serve.background).await,
+        _ => {}
+    }
+    let door = Door::open(&global, &command).await?;
+    let result = match &command {
+        Command::Backup(args) => backup::run(&door, &global, args).await,
+        Command::Points(args) => points::list(&door, &global, args).await,
+        Command::Show(args) => points::show(&door, &global, args).await,
+        Command::Restore(args) => restore::run(&door, &global, args).await,
+        Command::Verify(args) => verify::run(&door, &global, args).await,
+        Command::Export(args) => export::run(&door, &global, args).await,
+        Command::Recover(args) => recover::run(&door, &global, args).await,
+        Command::Recoveries => recover::list(&door, &global).await,
+        Command::Recovery(args) => recover::show(&door, &global, args).await,
+        Command::Discard(args) => recover::discard(&door, &global, args).await,
+        Command::Init(_) | Command::Serve(_) => Ok(()),
+    };
+    let closed = door.close(&global).await;
+    result.and(closed)
+}
+
+fn initialise(global: &args::Global, init: &args::Init) -> Result<(), Problem> {
+    let options = global.options()?;
+    let encryption = if init.no_encryption { app::Encryption::None } else { app::Encryption::Aes256Gcm };
+    if let (Some(path), app::Encryption::Aes256Gcm) = (&options.key_file, encryption) {
+        app::make_key_file(path)?;
+    }
+    let chunk_size = u32::try_from(init.chunk_size)
+        .map_err(|_| Problem::new(Kind::Usage, format!("a chunk of {} bytes is too large", init.chunk_size)))?;
+    let id = app::init(&options, chunk_size, encryption)?;
+    let location = options.repository_path()?;
+    if global.json {
+        render::json(&serde_json::json!({
+            "repository": location, "id": id.to_string(), "chunk_size": chunk_size, "encrypted": !init.no_encryption,
+        }));
+        return Ok(());
+    }
+    let how = match (encryption, &options.key_file) {
+        (app::Encryption::None, _) => "not encrypted".to_owned(),
+        (_, Some(path)) => format!("encrypted; without {} it cannot be read", path.display()),
+        (_, None) => "encrypted; without its passphrase it cannot be read".to_owned(),
+    };
+    render::line(&format!("made repository {} ({how})", location.display()));
+    Ok(())
+}

@@ -1,0 +1,74 @@
+//! `points` and `show`.
+
+use axum::http::Method;
+
+use super::args::{Global, Points, Show};
+use super::client::segment;
+use super::connect::{Door, NOTHING};
+use super::render;
+use crate::catalog::PointSummary;
+use crate::catalog::spec::short_id;
+use crate::inspect::PointDetail;
+use crate::problem::Problem;
+
+pub async fn list(door: &Door, global: &Global, args: &Points) -> Result<(), Problem> {
+    let query = args.machine.as_ref().map_or(String::new(), |machine| format!("?machine={}", segment(machine)));
+    let points: Vec<PointSummary> = door.client.call(Method::GET, &format!("/api/v1/points{query}"), NOTHING).await?;
+    if global.json {
+        render::json(&points);
+        return Ok(());
+    }
+    if points.is_empty() {
+        render::line("no recovery points yet; `lifeboat backup MACHINE SOURCE` makes one");
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = points.iter().map(row).collect();
+    render::table(&["POINT", "MACHINE", "TIME", "DISKS", "SIZE", "STORED", "LABELS"], &rows, &[3, 4, 5]);
+    Ok(())
+}
+
+fn row(point: &PointSummary) -> Vec<String> {
+    vec![
+        short_id(&point.id).to_owned(),
+        point.machine.clone(),
+        render::time(point.time),
+        point.disks.len().to_string(),
+        render::bytes(point.size),
+        render::bytes(point.stored),
+        labels(point),
+    ]
+}
+
+fn labels(point: &PointSummary) -> String {
+    point.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
+}
+
+pub async fn show(door: &Door, global: &Global, args: &Show) -> Result<(), Problem> {
+    let path = format!("/api/v1/points/{}", segment(&args.point));
+    let point: PointDetail = door.client.call(Method::GET, &path, NOTHING).await?;
+    if global.json {
+        render::json(&point);
+        return Ok(());
+    }
+    let summary = &point.summary;
+    render::pairs(&[
+        ("point", summary.id.clone()),
+        ("machine", summary.machine.clone()),
+        ("time", render::time(summary.time)),
+        ("parent", point.parent.clone().unwrap_or_else(|| "none".to_owned())),
+        ("consistency", summary.consistency.clone()),
+        ("labels", labels(summary)),
+        ("read", render::bytes(point.read)),
+        ("new", render::bytes(point.new)),
+        ("stored", render::bytes(summary.stored)),
+        ("took", format!("{:.1} s", point.seconds)),
+    ]);
+    let rows: Vec<Vec<String>> = point
+        .disks_detail
+        .iter()
+        .map(|disk| vec![disk.name.clone(), render::bytes(disk.size), render::bytes(disk.data), disk.root.clone()])
+        .collect();
+    render::line("");
+    render::table(&["DISK", "SIZE", "DATA", "ROOT"], &rows, &[1, 2]);
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! `recover`, `recoveries`, `recovery` and `discard`.
+
+use std::time::{Duration, Instant};
+
+use axum::http::Method;
+
+use super::args::{Global, Name, Recover};
+use super::client::segment;
+use super::connect::{Door, NOTHING};
+use super::render;
+use crate::catalog::spec::short_id;
+use crate::problem::Problem;
+use crate::recovery::{HypervisorKind, RecoverRequest, RecoveryView};
+use crate::signals::stop_signal;
+
+/// How often a new recovery is looked at for its first output.
+const LOOK: Duration = Duration::from_millis(50);
+
+pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Problem> {
+    let request = RecoverRequest {
+        point: args.point.clone(),
+        name: args.name.clone(),
+        on: HypervisorKind::parse(&args.on)?,
+        memory: args.memory,
+        cpus: args.cpus,
+        network: args.network.clone(),
+        accel: args.accel.clone(),
+        firmware: args.firmware.clone(),
+        machine_type: args.machine_type.clone(),
+        bus: args.bus.clone(),
+    };
+    let started: RecoveryView = door.client.call(Method::POST, "/api/v1/recoveries", Some(&request)).await?;
+    let view = wait_for_console(door, started, Duration::from_secs(args.wait)).await?;
+    if global.json {
+        render::json(&view);
+    } else {
+        describe(&view);
+    }
+    Ok(())
+}
+
+/// Looks at the recovery until its guest has written to the console, has ended, or time is up.
+async fn wait_for_console(door: &Door, mut view: RecoveryView, limit: Duration) -> Result<RecoveryView, Problem> {
+    let since = Instant::now();
+    while view.hypervisor == HypervisorKind::Qemu && view.timings.first_console_ms.is_none() && view.pid.is_some() {
+        if since.elapsed() > limit {
+            render::note("the guest has not written to its serial console yet");
+            break;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            () = stop_signal() => break,
+        }
+        view = get(door, &view.name).await?;
+    }
+    Ok(view)
+}
+
+async fn get(door: &Door, name: &str) -> Result<RecoveryView, Problem> {
+    door.client.call(Method::GET, &format!("/api/v1/recoveries/{}", segment(name)), NOTHING).await
+}
+
+fn describe(view: &RecoveryView) {
+    let mut pairs = vec![
+        ("recovery", view.name.clone()),
+        ("state", view.state.to_string()),
+        ("point", format!("{} of {}", short_id(&view.point), view.machine)),
+    ];
+    let optional = [
+        ("problem", view.problem.clone()),
+        ("vm", view.vm.clone()),
+        ("accelerator", view.accelerator.clone()),
+        ("pid", view.pid.map(|pid| pid.to_string())),
+        ("console", view.console.clone()),
+        ("qmp", view.qmp.clone()),
+        ("guest agent", view.guest_agent.clone()),
+    ];
+    pairs.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    let timings = view.timings;
+    let times = [
+        ("time to export", timings.export_ms),
+        ("time to VM", timings.started_ms),
+        ("time to first read", timings.first_read_ms),
+        ("time to console", timings.first_console_ms),
+    ];
+    pairs.extend(times.into_iter().filter(|(_, time)| time.is_some()).map(|(name, time)| (name, render::millis(time))));
+    render::pairs(&pairs);
+    render::line("");
+    let rows: Vec<Vec<String>> = view
+        .disks
+        .iter()
+        .map(|disk| {
+            vec![
+                disk.name.clone(),
+                render::bytes(disk.size),
+                render::bytes(disk.overlay),
+                disk.nbd_uri.clone().unwrap_or_else(|| "not served".to_owned()),
+            ]
+        })
+        .collect();
+    render::table(&["DISK", "SIZE", "WRITTEN", "NBD URI"], &rows, &[1, 2]);
+}
+
+pub async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
+    let views: Vec<RecoveryView> = door.client.call(Method::GET, "/api/v1/recoveries", NOTHING).await?;
+    if global.json {
+        render::json(&views);
+        return Ok(());
+    }
+    if views.is_empty() {
+        render::line("no recoveries; `lifeboat recover POINT` begins one");
+        return Ok(());
+    }
+    let row = |view: &RecoveryView| {
+        vec![
+            view.name.clone(),
+            view.state.to_string(),
+            view.vm.clone().unwrap_or_else(|| "-".to_owned()),
+            view.machine.clone(),
+            short_id(&view.point).to_owned(),
+            view.pid.map_or("-".to_owned(), |pid| pid.to_string()),
+        ]
+    };
+    let rows: Vec<Vec<String>> = views.iter().map(row).collect();
+    render::table(&["RECOVERY", "STATE", "VM", "MACHINE", "POINT", "PID"], &rows, &[]);
+    Ok(())
+}
+
+pub async fn show(door: &Door, global: &Global, args: &Name) -> Result<(), Problem> {
+    let view = get(door, &args.name).await?;
+    if global.json {
+        render::json(&view);
+    } else {
+        describe(&view);
+    }
+    Ok(())
+}
+
+pub async fn discard(door: &Door, global: &Global, args: &Name) -> Result<(), Problem> {
+    let path = format!("/api/v1/recoveries/{}", segment(&args.name));
+    let view: RecoveryView = door.client.call(Method::DELETE, &path, NOTHING).await?;
+    if global.json {
+        render::json(&view);
+    } else {
+        render::line(&format!(
+            "discarded recovery {}; recovery point {} is as it was",
+            view.name,
+            short_id(&view.point)
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,40 @@
+//! `verify`.
+
+use super::args::{Global, Verify};
+use super::connect::Door;
+use super::{progress, render};
+use crate::catalog::spec::short_id;
+use crate::problem::{Kind, Problem};
+use crate::verify::{VerifyRequest, VerifyResult};
+
+pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Problem> {
+    let request = VerifyRequest { point: args.point.clone(), read_data: args.read_data };
+    let result = progress::run(&door.client, "/api/v1/verify", &request).await?;
+    let result: VerifyResult =
+        serde_json::from_value(result).map_err(|error| Problem::failed("cannot read the result", &error))?;
+    if global.json {
+        render::json(&result);
+    } else {
+        for damage in &result.damaged {
+            render::line(&format!("DAMAGED {}: {}", damage.object, damage.problem));
+            for hit in &damage.hits {
+                render::line(&format!("        hits disk {} of point {}", hit.disk, short_id(&hit.point)));
+            }
+        }
+        render::line(&format!(
+            "checked {} recovery points and {} chunks{} in {:.1} s",
+            result.points,
+            result.chunks,
+            if args.read_data { format!(", read {}", render::bytes(result.bytes_read)) } else { String::new() },
+            result.seconds
+        ));
+    }
+    if result.ok {
+        if !global.json {
+            render::line("all is whole");
+        }
+        return Ok(());
+    }
+    Err(Problem::new(Kind::Damage, format!("{} objects of the repository are damaged", result.damaged.len()))
+        .hint("recovery points that are not named still restore; back up the named machines again"))
+}

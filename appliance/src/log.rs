@@ -1,0 +1,25 @@
+//! The log, on standard error. `LIFEBOAT_LOG` filters it (tracing's filter syntax), `LIFEBOAT_LOG_FORMAT=json`
+//! makes it JSON.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+/// Begins to log: everything from `info` up as a service, else what went wrong. A command tells the failure of its own
+/// job itself.
+pub fn init(service: bool) {
+    let usual = if service { "info" } else { "error,lifeboat::jobs=off" };
+    let filter = EnvFilter::try_from_env("LIFEBOAT_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal());
+    let begun = if std::env::var("LIFEBOAT_LOG_FORMAT").is_ok_and(|format| format == "json") {
+        log.json().try_init()
+    } else {
+        log.try_init()
+    };
+    // A second start in one process (tests) goes on with the first's.
+    drop(begun);
+}

@@ -1,0 +1,239 @@
+//! Exports without a recovery: a recovery point's disks served over NBD for as long as somebody holds them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use blockstore::base::Base;
+use blockstore::disk::LocalFolder;
+use blockstore::overlay::{Overlay, OverlayIdentity};
+use blockstore::{RecoveryPoint, Repository};
+use nbd_server::{ExportTable, Limits, Listen, Server};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::catalog::PointSummary;
+use crate::exports::{BaseExport, FirstRead, OverlayExport};
+use crate::problem::Problem;
+use crate::recovery::one::{export_name, load_point};
+use crate::state_dir::{StateDir, create_private_dir};
+
+/// What to serve, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportRequest {
+    /// The recovery point, as [`crate::catalog::spec`] takes it.
+    pub point: String,
+    /// One disk; all of them when not given.
+    #[serde(default)]
+    pub disk: Option<String>,
+    /// `unix:PATH` or `tcp:HOST:PORT`.
+    pub listen: String,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+    /// The folder of an overlay to keep; a throw-away one when not given.
+    #[serde(default)]
+    pub overlay: Option<PathBuf>,
+}
+
+/// A served disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Served {
+    /// The disk.
+    pub disk: String,
+    /// Where it is served.
+    pub uri: String,
+    /// In bytes.
+    pub size: u64,
+}
+
+/// The exports of this process that belong to no recovery.
+#[derive(Debug, Default)]
+pub struct Exports {
+    next: AtomicU64,
+    running: Mutex<BTreeMap<u64, Running>>,
+}
+
+#[derive(Debug)]
+struct Running {
+    subject: String,
+    stop: Option<oneshot::Sender<()>>,
+    task: Option<JoinHandle<()>>,
+}
+
+/// An export serves until this is dropped.
+#[derive(Debug)]
+pub struct Hold {
+    exports: Arc<Exports>,
+    id: u64,
+    /// What is served.
+    pub served: Vec<Served>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(running) = self.exports.lock().get_mut(&self.id)
+            && let Some(stop) = running.stop.take()
+        {
+            // One that has ended by itself does not listen any more.
+            let _ = stop.send(());
+        }
+    }
+}
+
+impl Exports {
+    /// Serves disks of `point` until the returned hold is dropped.
+    pub async fn start(
+        self: &Arc<Self>,
+        repository: &Arc<Repository>,
+        state: &StateDir,
+        point: &PointSummary,
+        request: &ExportRequest,
+    ) -> Result<Hold, Problem> {
+        let listen: Listen = request
+            .listen
+            .parse()
+            .map_err(|error| Problem::usage(format!("cannot listen on `{}`: {error}", request.listen)))?;
+        if request.read_only && request.overlay.is_some() {
+            return Err(Problem::usage("an export that is read-only has no overlay")
+                .hint("give either --read-only or --overlay"));
+        }
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let scratch = Scratch(state.scratch().join(format!("export-{id}")));
+        let overlay = match (&request.overlay, request.read_only) {
+            (_, true) => None,
+            (Some(folder), false) => Some(folder.clone()),
+            (None, false) => Some(scratch.0.clone()),
+        };
+        let disks = chosen(point, request.disk.as_deref())?;
+        let table = Arc::new(ExportTable::new());
+        let (filled, reading, id_of_point) = (table.clone(), repository.clone(), point.id.clone());
+        let names = disks.clone();
+        tokio::task::spawn_blocking(move || {
+            let point = load_point(&reading, &id_of_point)?;
+            names.iter().try_for_each(|disk| add(&reading, &point, disk, overlay.as_deref(), &filled))
+        })
+        .await
+        .map_err(|error| Problem::failed("cannot open the disks", &error))??;
+        let listener =
+            Server::new(table, Limits::default()).bind(&listen).await.map_err(|error| Problem::from_listen(&error))?;
+        let mut served = Vec::new();
+        for disk in point.disks.iter().filter(|disk| disks.contains(&disk.name)) {
+            let uri = listener.uri(&export_name(&disk.name)?);
+            served.push(Served { disk: disk.name.clone(), uri, size: disk.size });
+        }
+        let (stop, stopped) = oneshot::channel();
+        let exports = self.clone();
+        // Entered before the task can end, which takes it out again.
+        let mut running = self.lock();
+        running.insert(id, Running { subject: point.machine.clone(), stop: Some(stop), task: None });
+        let task = tokio::spawn(async move {
+            let scratch = scratch;
+            listener
+                .serve(async move {
+                    // A dropped sender is a stop too.
+                    let _ = stopped.await;
+                })
+                .await;
+            drop(scratch);
+            exports.lock().remove(&id);
+        });
+        if let Some(entry) = running.get_mut(&id) {
+            entry.task = Some(task);
+        }
+        drop(running);
+        Ok(Hold { exports: self.clone(), id, served })
+    }
+
+    /// The machines whose points are exported.
+    pub fn list(&self) -> Vec<String> {
+        self.lock().values().map(|running| running.subject.clone()).collect()
+    }
+
+    /// Ends all exports, and returns when requests in flight are answered and throw-away overlays gone.
+    pub async fn close(&self) {
+        let all: Vec<_> = self.lock().values_mut().map(|running| (running.stop.take(), running.task.take())).collect();
+        for (stop, task) in all {
+            if let Some(stop) = stop {
+                let _ = stop.send(());
+            }
+            if let Some(task) = task
+                && let Err(error) = task.await
+            {
+                tracing::error!(%error, "an export ended badly");
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A folder that goes when this is dropped.
+#[derive(Debug)]
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(folder = %self.0.display(), %error, "cannot remove a throw-away overlay");
+        }
+    }
+}
+
+/// The disks of `point` that were asked for.
+pub fn chosen(point: &PointSummary, disk: Option<&str>) -> Result<Vec<String>, Problem> {
+    let names: Vec<String> = point.disks.iter().map(|disk| disk.name.clone()).collect();
+    match disk {
+        None => Ok(names),
+        Some(disk) if names.iter().any(|name| name == disk) => Ok(vec![disk.to_owned()]),
+        Some(disk) => Err(Problem::not_found(format!("the recovery point of {} has no disk `{disk}`", point.machine))
+            .hint(format!("it has {}", names.join(", ")))),
+    }
+}
+
+fn add(
+    repository: &Repository,
+    point: &RecoveryPoint,
+    disk: &str,
+    overlay: Option<&Path>,
+    table: &ExportTable,
+) -> Result<(), Problem> {
+    let description = format!("{disk} of {}", point.machine);
+    let base = repository
+        .open_disk(point, disk)
+        .map_err(|error| Problem::from_read(&format!("cannot open disk {description}"), &error))?;
+    let name = export_name(disk)?;
+    let added = match overlay {
+        None => table.add(name, Arc::new(BaseExport { base, description })),
+        Some(dir) => {
+            let overlay = open_overlay(dir, point, disk, base)?;
+            let first_read = FirstRead::since(Instant::now());
+            table.add(name, Arc::new(OverlayExport { overlay: Arc::new(overlay), description, first_read }))
+        }
+    };
+    added.map_err(|error| Problem::failed(format!("cannot export disk {disk}"), &error))
+}
+
+/// Opens the overlay of `disk` in folder `dir`, or makes it if it is not there.
+fn open_overlay(dir: &Path, point: &RecoveryPoint, disk: &str, base: Arc<dyn Base>) -> Result<Overlay, Problem> {
+    let cannot = |error: &std::io::Error| Problem::failed(format!("cannot make folder {}", dir.display()), error);
+    create_private_dir(dir).map_err(|error| cannot(&error))?;
+    let identity = OverlayIdentity { point: *point.id.as_bytes(), disk: disk.to_owned(), size: base.size() };
+    let folder = Arc::new(LocalFolder::new(dir));
+    let at = Path::new(disk);
+    let opened = if dir.join(disk).join("journal").exists() {
+        Overlay::open(folder, at, identity, base)
+    } else {
+        Overlay::create(folder, at, identity, base)
+    };
+    opened.map_err(|error| {
+        Problem::from_overlay(&format!("cannot open the overlay of disk {disk} in {}", dir.display()), &error)
+    })
+}

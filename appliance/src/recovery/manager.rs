@@ -1,0 +1,172 @@
+//! All recoveries of a state folder.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::one::{Context, Definition, Recovery};
+use super::state::State;
+use super::{HypervisorKind, RecoverRequest, RecoveryView};
+use crate::catalog::PointSummary;
+use crate::problem::Problem;
+
+/// How long to wait before a recovery that cannot be served is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// The recoveries of this process's state folder.
+#[derive(Debug)]
+pub struct Recoveries {
+    context: Arc<Context>,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    recoveries: BTreeMap<String, Arc<Recovery>>,
+    /// Recoveries whose journal cannot be read, and why.
+    broken: BTreeMap<String, Problem>,
+}
+
+impl Recoveries {
+    /// No recovery is known until [`Recoveries::take_up`].
+    pub fn new(context: Context) -> Recoveries {
+        Recoveries { context: Arc::new(context), known: Mutex::default() }
+    }
+
+    /// Takes up every recovery of the state folder: exports are served again and VMs adopted. One that cannot be is
+    /// tried again until it can.
+    pub async fn take_up(&self) {
+        for name in self.context.state.recovery_names() {
+            let recovery = match Recovery::load(self.context.clone(), &name) {
+                Ok(Some(recovery)) => recovery,
+                Ok(None) => continue,
+                Err(problem) => {
+                    tracing::error!(recovery = %name, %problem, "recovery not taken up");
+                    self.lock().broken.insert(name, problem);
+                    continue;
+                }
+            };
+            self.lock().recoveries.insert(name.clone(), recovery.clone());
+            if let Err(problem) = recovery.take_up().await {
+                tracing::error!(recovery = %name, %problem, "recovery not taken up yet; trying again");
+                recovery.note_problem(&problem);
+                tokio::spawn(retry(recovery));
+            }
+        }
+        self.lock().recoveries.retain(|_, recovery| recovery.view().state != State::Discarded);
+    }
+
+    /// Starts a recovery of `point`.
+    ///
+    /// One that does not come up is taken away again before the failure is returned, unless it was not new.
+    pub async fn start(&self, point: &PointSummary, request: RecoverRequest) -> Result<RecoveryView, Problem> {
+        let name = request.name.clone().unwrap_or_else(|| point.machine.clone());
+        crate::capture::check_name("recovery", &name)?;
+        super::machine::check(&request)?;
+        let definition = Definition {
+            name: name.clone(),
+            point: point.id.clone(),
+            machine: point.machine.clone(),
+            disks: point.disks.clone(),
+            request,
+        };
+        let recovery = {
+            let mut known = self.lock();
+            if let Some(there) = known.recoveries.get(&name) {
+                return Err(Problem::refused(format!("recovery {name} exists already and is {}", there.view().state))
+                    .hint(format!("give another --name, or end it with `lifeboat discard {name}`")));
+            }
+            if let Some(problem) = known.broken.get(&name) {
+                return Err(problem.clone());
+            }
+            let recovery = Recovery::create(self.context.clone(), definition)?;
+            known.recoveries.insert(name.clone(), recovery.clone());
+            recovery
+        };
+        match recovery.bring_up().await {
+            Ok(()) => Ok(recovery.view()),
+            Err(problem) => {
+                match recovery.discard().await {
+                    Ok(()) => {
+                        self.lock().recoveries.remove(&name);
+                    }
+                    Err(second) => tracing::error!(recovery = %name, problem = %second, "left behind after a failure"),
+                }
+                Err(problem)
+            }
+        }
+    }
+
+    /// All recoveries, by name.
+    pub fn list(&self) -> Vec<RecoveryView> {
+        self.lock().recoveries.values().map(|recovery| recovery.view()).collect()
+    }
+
+    /// One recovery.
+    pub fn view(&self, name: &str) -> Result<RecoveryView, Problem> {
+        self.get(name).map(|recovery| recovery.view())
+    }
+
+    /// Ends a recovery: VM, exports, overlays and sockets go.
+    pub async fn discard(&self, name: &str) -> Result<RecoveryView, Problem> {
+        let recovery = self.get(name)?;
+        recovery.discard().await?;
+        self.lock().recoveries.remove(name);
+        Ok(recovery.view())
+    }
+
+    /// Whether any recovery needs this process, or its successor, to serve it.
+    pub fn any_live(&self) -> bool {
+        self.lock().recoveries.values().any(|recovery| is_live(recovery.view().state))
+    }
+
+    /// Stops serving everything, for the next process to take up.
+    pub async fn leave(&self) {
+        let all: Vec<_> = self.lock().recoveries.values().cloned().collect();
+        for recovery in all {
+            recovery.leave().await;
+        }
+    }
+
+    fn get(&self, name: &str) -> Result<Arc<Recovery>, Problem> {
+        let known = self.lock();
+        if let Some(problem) = known.broken.get(name) {
+            return Err(problem.clone());
+        }
+        known.recoveries.get(name).cloned().ok_or_else(|| {
+            Problem::not_found(format!("there is no recovery `{name}`")).hint("`lifeboat recoveries` lists them")
+        })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_live(state: State) -> bool {
+    match state {
+        State::Publishing | State::Running | State::Discarding => true,
+        State::Failed | State::Discarded => false,
+    }
+}
+
+async fn retry(recovery: Arc<Recovery>) {
+    loop {
+        tokio::time::sleep(RETRY).await;
+        match recovery.take_up().await {
+            Ok(()) => return,
+            Err(problem) => recovery.note_problem(&problem),
+        }
+    }
+}
+
+impl HypervisorKind {
+    /// From the command line's `--on`.
+    pub fn parse(text: &str) -> Result<HypervisorKind, Problem> {
+        match text {
+            "qemu" => Ok(HypervisorKind::Qemu),
+            "none" => Ok(HypervisorKind::None),
+            other => Err(Problem::usage(format!("cannot recover on `{other}`")).hint("use --on qemu or --on none")),
+        }
+    }
+}

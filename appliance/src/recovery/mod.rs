@@ -1,0 +1,113 @@
+//! Recoveries: running uses of a recovery point. [`state`] is the pure core, [`journal`] its durable record,
+//! [`one`] drives a single recovery, [`manager`] knows them all.
+
+pub mod firmware;
+pub mod journal;
+mod machine;
+pub mod manager;
+pub(crate) mod one;
+pub mod state;
+
+use serde::{Deserialize, Serialize};
+
+pub use manager::Recoveries;
+pub use one::Context;
+
+/// What to run a recovery point on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HypervisorKind {
+    /// A QEMU of our own.
+    Qemu,
+    /// Nothing: the exports are all that is asked for.
+    None,
+}
+
+/// What to recover, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoverRequest {
+    /// The recovery point, as [`crate::catalog::spec`] takes it.
+    pub point: String,
+    /// The recovery's name; the machine's when not given.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// What to run it on.
+    pub on: HypervisorKind,
+    /// The guest's memory in bytes.
+    pub memory: u64,
+    /// Its virtual CPUs.
+    pub cpus: u32,
+    /// `none`, `user` or `bridge:NAME`.
+    pub network: String,
+    /// `auto`, `kvm` or `tcg`.
+    pub accel: String,
+    /// `auto`, `bios` or `uefi`.
+    pub firmware: String,
+    /// QEMU's machine type.
+    pub machine_type: String,
+    /// How the disks are attached: `virtio`, `scsi` or `sata`.
+    pub bus: String,
+}
+
+/// A recovery as the API shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RecoveryView {
+    /// Its name.
+    pub name: String,
+    /// The recovery point it runs from.
+    pub point: String,
+    /// The machine that the point is of.
+    pub machine: String,
+    /// Where it stands.
+    pub state: state::State,
+    /// Why it failed, if it did.
+    pub problem: Option<String>,
+    /// `qemu` or `none`.
+    pub hypervisor: HypervisorKind,
+    /// `kvm` or `tcg`, and why if it was chosen.
+    pub accelerator: Option<String>,
+    /// What the VM does: `running`, `paused`, `io-error`, `shut-off`, ...; absent without a VM.
+    pub vm: Option<String>,
+    /// QEMU's process id while it lives.
+    pub pid: Option<u32>,
+    /// The serial console's file.
+    pub console: Option<String>,
+    /// The QMP socket.
+    pub qmp: Option<String>,
+    /// The guest agent's socket.
+    pub guest_agent: Option<String>,
+    /// Its disks.
+    pub disks: Vec<DiskView>,
+    /// How long things took.
+    pub timings: Timings,
+}
+
+/// A recovery's disk as the API shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskView {
+    /// As given at backup.
+    pub name: String,
+    /// Where it is served, while it is.
+    pub nbd_uri: Option<String>,
+    /// In bytes.
+    pub size: u64,
+    /// Bytes that are on production storage already.
+    pub hydrated: u64,
+    /// The production storage it moves to.
+    pub target: Option<String>,
+    /// Bytes that the guest has written and the overlay holds.
+    pub overlay: u64,
+}
+
+/// Milliseconds since the recovery was asked for; absent while it has not happened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timings {
+    /// Until the exports served.
+    pub export_ms: Option<u64>,
+    /// Until QEMU ran.
+    pub started_ms: Option<u64>,
+    /// Until the first read of a disk.
+    pub first_read_ms: Option<u64>,
+    /// Until the first byte on the serial console.
+    pub first_console_ms: Option<u64>,
+}

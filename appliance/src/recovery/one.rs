@@ -1,0 +1,638 @@
+//! One recovery: performs what [`super::state`] decides, and journals before it acts.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use blockstore::disk::LocalFolder;
+use blockstore::overlay::{Overlay, OverlayIdentity};
+use blockstore::{RecoveryPoint, Repository};
+use hypervisor::{Hypervisor, Machine, QemuHypervisor};
+use nbd_server::{ExportName, ExportTable, Limits, Listen, Server};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::journal::Journal;
+use super::state::{Action, Event, State};
+use super::{DiskView, HypervisorKind, RecoverRequest, RecoveryView, Timings};
+use crate::catalog::DiskSummary;
+use crate::exports::{FirstRead, OverlayExport};
+use crate::problem::{Kind, Problem};
+use crate::state_dir::StateDir;
+
+/// How often the console file is looked at while it is empty.
+const CONSOLE_POLL: Duration = Duration::from_millis(10);
+/// After this long an empty console is no longer waited for.
+const CONSOLE_PATIENCE: Duration = Duration::from_secs(600);
+/// How long QEMU may take to end by itself when a recovery is discarded.
+const QUIT_GRACE: Duration = Duration::from_secs(5);
+/// How often a running VM and the overlay's file system are looked at.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// Free bytes that let a guest stopped by a full file system go on.
+const ROOM_TO_RESUME: u64 = 64 << 20;
+/// Free bytes below which the operator is warned.
+const ROOM_TO_WARN: u64 = 2 << 30;
+
+/// What all recoveries of a process share.
+#[derive(Debug)]
+pub struct Context {
+    /// Where the recovery points are.
+    pub repository: Arc<Repository>,
+    /// Where recoveries are kept.
+    pub state: StateDir,
+}
+
+/// What a recovery is, fixed when it is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Definition {
+    /// Its name.
+    pub name: String,
+    /// The recovery point's id.
+    pub point: String,
+    /// The machine that the point is of.
+    pub machine: String,
+    /// The point's disks.
+    pub disks: Vec<DiskSummary>,
+    /// How it was asked for.
+    pub request: RecoverRequest,
+}
+
+/// A line of the journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "kebab-case")]
+enum Record {
+    /// The first line.
+    Created { version: u32, definition: Box<Definition> },
+    /// QEMU is about to be started like this.
+    Vm { machine: Box<hypervisor::MachineDefinition> },
+    /// The state was entered.
+    State { state: State, problem: Option<String> },
+}
+
+/// The journal's version.
+const VERSION: u32 = 1;
+
+/// A recovery.
+#[derive(Debug)]
+pub struct Recovery {
+    context: Arc<Context>,
+    definition: Definition,
+    dir: PathBuf,
+    asked: Instant,
+    first_read: Arc<FirstRead>,
+    /// What may change while it is looked at.
+    shown: Mutex<Shown>,
+    /// Held by whoever changes the recovery.
+    driver: tokio::sync::Mutex<Driver>,
+}
+
+#[derive(Debug)]
+struct Shown {
+    state: State,
+    problem: Option<String>,
+    accelerator: Option<String>,
+    vm: Option<String>,
+    pid: Option<u32>,
+    uris: Vec<String>,
+    overlays: Vec<Arc<Overlay>>,
+    timings: Timings,
+}
+
+#[derive(Debug)]
+struct Driver {
+    journal: Journal,
+    state: State,
+    machine: Option<hypervisor::MachineDefinition>,
+    vm: Option<Arc<dyn Machine>>,
+    serving: Option<Serving>,
+    watchers: Vec<JoinHandle<()>>,
+}
+
+/// The NBD server of a recovery.
+#[derive(Debug)]
+struct Serving {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl Recovery {
+    /// Makes a recovery's folder and journal. Nothing else exists yet.
+    pub fn create(context: Arc<Context>, definition: Definition) -> Result<Arc<Recovery>, Problem> {
+        let dir = context.state.recoveries().join(&definition.name);
+        let cannot = |error: &(dyn std::error::Error + 'static)| {
+            Problem::failed(format!("cannot make recovery {} in {}", definition.name, dir.display()), error)
+        };
+        // A folder without a journal is what a finished discard may leave when the power goes.
+        match fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(&error)),
+            _ => {}
+        }
+        crate::state_dir::create_private_dir(&dir.join("disks")).map_err(|error| cannot(&error))?;
+        let mut journal = Journal::create(&dir.join("journal")).map_err(|error| cannot(&error))?;
+        journal
+            .append(&Record::Created { version: VERSION, definition: Box::new(definition.clone()) })
+            .map_err(|error| cannot(&error))?;
+        sync_dir(&context.state.recoveries()).map_err(|error| cannot(&error))?;
+        let driver = Driver::new(journal, State::Publishing);
+        Ok(Recovery::assemble(context, definition, dir, driver, None))
+    }
+
+    /// Reads back a recovery's journal. Nothing is served or changed yet. One that was never begun, because the power
+    /// went before its first record was durable, is removed.
+    pub fn load(context: Arc<Context>, name: &str) -> Result<Option<Arc<Recovery>>, Problem> {
+        let dir = context.state.recoveries().join(name);
+        let cannot = |error: &(dyn std::error::Error + 'static)| {
+            Problem::because(Kind::Damage, format!("cannot take up recovery {name}"), error)
+                .hint(format!("its overlays lie untouched in {}", dir.display()))
+        };
+        let (journal, records) = Journal::open::<Record>(&dir.join("journal")).map_err(|error| cannot(&error))?;
+        let mut records = records.into_iter();
+        let definition = match records.next() {
+            Some(Record::Created { version: VERSION, definition }) => *definition,
+            Some(Record::Created { version, .. }) => {
+                return Err(cannot(&io::Error::other(format!(
+                    "its journal has version {version}, this is for {VERSION}"
+                ))));
+            }
+            Some(_) => return Err(cannot(&io::Error::other("its journal does not say what it is of"))),
+            None => {
+                fs::remove_dir_all(&dir).map_err(|error| cannot(&error))?;
+                return Ok(None);
+            }
+        };
+        let mut driver = Driver::new(journal, State::Publishing);
+        let mut problem = None;
+        for record in records {
+            match record {
+                Record::Created { .. } => return Err(cannot(&io::Error::other("its journal begins twice"))),
+                Record::Vm { machine } => driver.machine = Some(*machine),
+                Record::State { state, problem: why } => {
+                    driver.state = state;
+                    problem = why;
+                }
+            }
+        }
+        Ok(Some(Recovery::assemble(context, definition, dir, driver, problem)))
+    }
+
+    fn assemble(
+        context: Arc<Context>,
+        definition: Definition,
+        dir: PathBuf,
+        driver: Driver,
+        problem: Option<String>,
+    ) -> Arc<Recovery> {
+        let asked = Instant::now();
+        Arc::new(Recovery {
+            context,
+            definition,
+            dir,
+            asked,
+            first_read: FirstRead::since(asked),
+            shown: Mutex::new(Shown {
+                state: driver.state,
+                problem,
+                accelerator: None,
+                vm: None,
+                pid: None,
+                uris: Vec::new(),
+                overlays: Vec::new(),
+                timings: Timings::default(),
+            }),
+            driver: tokio::sync::Mutex::new(driver),
+        })
+    }
+
+    /// Publishes the disks and starts the VM. On failure the recovery has failed, and says why.
+    pub async fn bring_up(self: &Arc<Self>) -> Result<(), Problem> {
+        let mut driver = self.driver.lock().await;
+        if let Err(problem) = self.publish(&mut driver, Open::Create).await {
+            return Err(self.fail(&mut driver, Event::PublishFailed, problem).await);
+        }
+        self.show(|shown| shown.timings.export_ms = Some(self.millis()));
+        let (state, actions) = driver.state.apply(Event::Published);
+        driver.state = state;
+        if actions.contains(&Action::StartVm)
+            && let Err(problem) = self.start_vm(&mut driver).await
+        {
+            return Err(self.fail(&mut driver, Event::VmStartFailed, problem).await);
+        }
+        self.enter(&mut driver, Event::VmStarted, None)?;
+        self.watch(&mut driver);
+        Ok(())
+    }
+
+    /// Goes on after a restart of Lifeboat: serves the same exports again and adopts the VM.
+    pub async fn take_up(self: &Arc<Self>) -> Result<(), Problem> {
+        let mut driver = self.driver.lock().await;
+        match driver.state {
+            State::Running => {
+                if driver.serving.is_none() {
+                    self.publish(&mut driver, Open::Existing).await?;
+                }
+                self.adopt(&mut driver).await;
+                self.watch(&mut driver);
+            }
+            State::Publishing => {
+                let lives = driver.machine.is_some() && {
+                    self.adopt(&mut driver).await;
+                    driver.vm.is_some()
+                };
+                if lives {
+                    self.publish(&mut driver, Open::Existing).await?;
+                    self.enter(&mut driver, Event::VmStarted, None)?;
+                    self.watch(&mut driver);
+                } else {
+                    let why = "Lifeboat was stopped before the VM ran; discard it and recover again".to_owned();
+                    self.enter(&mut driver, Event::Interrupted, Some(why))?;
+                }
+            }
+            State::Discarding => self.take_away(&mut driver).await?,
+            State::Failed | State::Discarded => {}
+        }
+        self.show(|shown| shown.problem = shown.problem.take().filter(|_| driver.state == State::Failed));
+        Ok(())
+    }
+
+    /// Says in the listing why the recovery is not served at present.
+    pub fn note_problem(&self, problem: &Problem) {
+        self.show(|shown| shown.problem = Some(problem.to_string()));
+    }
+
+    /// Stops the VM and takes away everything the recovery holds.
+    pub async fn discard(self: &Arc<Self>) -> Result<(), Problem> {
+        let mut driver = self.driver.lock().await;
+        self.enter(&mut driver, Event::DiscardRequested, None)?;
+        self.take_away(&mut driver).await
+    }
+
+    /// Stops serving and leaves everything as it is, for the next process to take up.
+    pub async fn leave(&self) {
+        let mut driver = self.driver.lock().await;
+        driver.stop_watchers();
+        self.retire(&mut driver).await;
+    }
+
+    /// What the API shows.
+    pub fn view(&self) -> RecoveryView {
+        let shown = self.lock();
+        let qemu = self.definition.request.on == HypervisorKind::Qemu;
+        let path = |name: &str| qemu.then(|| self.dir.join(name).display().to_string());
+        let socket = |name: &str| qemu.then(|| self.socket(name).display().to_string());
+        let disk = |(at, disk): (usize, &DiskSummary)| DiskView {
+            name: disk.name.clone(),
+            nbd_uri: shown.uris.get(at).cloned(),
+            size: disk.size,
+            hydrated: 0,
+            target: None,
+            overlay: shown.overlays.get(at).map_or(0, |overlay| overlay.usage().data_grains * 4096),
+        };
+        let mut timings = shown.timings;
+        timings.first_read_ms = self.first_read.millis();
+        RecoveryView {
+            name: self.definition.name.clone(),
+            point: self.definition.point.clone(),
+            machine: self.definition.machine.clone(),
+            state: shown.state,
+            problem: shown.problem.clone(),
+            hypervisor: self.definition.request.on,
+            accelerator: shown.accelerator.clone(),
+            vm: shown.vm.clone(),
+            pid: shown.pid,
+            console: path("console.log"),
+            qmp: socket("qmp.sock"),
+            guest_agent: socket("guest-agent.sock"),
+            disks: self.definition.disks.iter().enumerate().map(disk).collect(),
+            timings,
+        }
+    }
+
+    /// Journals the state after `event`, then makes it the present one.
+    fn enter(&self, driver: &mut Driver, event: Event, problem: Option<String>) -> Result<Vec<Action>, Problem> {
+        let (state, actions) = driver.state.apply(event);
+        let name = &self.definition.name;
+        if actions.contains(&Action::Refuse) {
+            return Err(Problem::refused(format!("recovery {name} is {state}; this cannot be done with it now")));
+        }
+        driver
+            .journal
+            .append(&Record::State { state, problem: problem.clone() })
+            .map_err(|error| Problem::failed(format!("cannot note that recovery {name} is {state}"), &error))?;
+        tracing::info!(recovery = %name, from = %driver.state, to = %state, "recovery changed");
+        driver.state = state;
+        self.show(|shown| {
+            shown.state = state;
+            shown.problem = problem;
+        });
+        Ok(actions)
+    }
+
+    async fn fail(&self, driver: &mut Driver, event: Event, problem: Problem) -> Problem {
+        // The journal may be what failed; the state then stays `publishing`, which a restart takes for interrupted.
+        if let Err(second) = self.enter(driver, event, Some(problem.to_string())) {
+            tracing::error!(recovery = %self.definition.name, problem = %second, "cannot note a failure");
+        }
+        self.stop_vm(driver).await;
+        self.retire(driver).await;
+        problem
+    }
+
+    async fn publish(&self, driver: &mut Driver, open: Open) -> Result<(), Problem> {
+        let table = Arc::new(ExportTable::new());
+        let (context, definition) = (self.context.clone(), self.definition.clone());
+        let (dir, first_read) = (self.dir.clone(), self.first_read.clone());
+        let filled = table.clone();
+        let overlays = tokio::task::spawn_blocking(move || {
+            fill(&context.repository, &definition, &dir, open, &first_read, &filled)
+        })
+        .await
+        .map_err(|error| Problem::failed("cannot publish the disks", &error))??;
+        let socket = self.socket("nbd.sock");
+        let listener = Server::new(table, Limits::default())
+            .bind(&Listen::Unix(socket))
+            .await
+            .map_err(|error| Problem::from_listen(&error))?;
+        let mut uris = Vec::new();
+        for disk in &self.definition.disks {
+            uris.push(listener.uri(&export_name(&disk.name)?));
+        }
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(listener.serve(async move {
+            // A dropped sender is a stop too.
+            let _ = stopped.await;
+        }));
+        driver.serving = Some(Serving { stop, task });
+        self.show(|shown| {
+            shown.uris = uris;
+            shown.overlays = overlays;
+        });
+        Ok(())
+    }
+
+    async fn retire(&self, driver: &mut Driver) {
+        if let Some(serving) = driver.serving.take() {
+            let _ = serving.stop.send(());
+            if let Err(error) = serving.task.await {
+                tracing::error!(recovery = %self.definition.name, %error, "the NBD server ended badly");
+            }
+        }
+        self.show(|shown| {
+            shown.uris.clear();
+            shown.overlays.clear();
+        });
+    }
+
+    async fn start_vm(self: &Arc<Self>, driver: &mut Driver) -> Result<(), Problem> {
+        if self.definition.request.on == HypervisorKind::None {
+            return Ok(());
+        }
+        let overlay = self.lock().overlays.first().cloned();
+        let machine = super::machine::define(self, &self.definition, overlay).await?;
+        driver
+            .journal
+            .append(&Record::Vm { machine: Box::new(machine.clone()) })
+            .map_err(|error| Problem::failed("cannot note how the VM is started", &error))?;
+        driver.machine = Some(machine.clone());
+        let vm = QemuHypervisor.start(&machine).await.map_err(|error| {
+            Problem::failed(format!("cannot start the VM of recovery {}", self.definition.name), &error)
+        })?;
+        self.have_vm(driver, vm);
+        self.show(|shown| shown.timings.started_ms = Some(self.millis()));
+        Ok(())
+    }
+
+    async fn adopt(&self, driver: &mut Driver) {
+        let Some(machine) = &driver.machine else { return };
+        match QemuHypervisor.adopt(machine).await {
+            Ok(Some(vm)) => self.have_vm(driver, vm),
+            Ok(None) => self.show(|shown| {
+                shown.vm = Some("shut-off".to_owned());
+                shown.pid = None;
+            }),
+            Err(error) => {
+                let error = crate::problem::chain(&error);
+                tracing::error!(recovery = %self.definition.name, error, "cannot reach the VM");
+                self.show(|shown| shown.vm = Some("unreachable".to_owned()));
+            }
+        }
+    }
+
+    fn have_vm(&self, driver: &mut Driver, vm: Arc<dyn Machine>) {
+        self.show(|shown| {
+            shown.vm = Some("running".to_owned());
+            shown.pid = vm.pid();
+            shown.accelerator = Some(vm.accelerator());
+        });
+        driver.vm = Some(vm);
+    }
+
+    async fn stop_vm(&self, driver: &mut Driver) {
+        driver.stop_watchers();
+        if driver.vm.is_none() {
+            self.adopt(driver).await;
+        }
+        if let Some(vm) = driver.vm.take()
+            && let Err(error) = vm.quit(QUIT_GRACE).await
+        {
+            tracing::error!(recovery = %self.definition.name, error = %crate::problem::chain(&error), "cannot stop the VM");
+        }
+        self.show(|shown| {
+            shown.vm = shown.vm.take().map(|_| "shut-off".to_owned());
+            shown.pid = None;
+        });
+    }
+
+    /// The actions of a discard, in their order; each may have run before.
+    async fn take_away(&self, driver: &mut Driver) -> Result<(), Problem> {
+        self.stop_vm(driver).await;
+        self.retire(driver).await;
+        let cannot = |error: &io::Error| {
+            Problem::failed(format!("cannot remove all of recovery {}", self.definition.name), error)
+                .hint(format!("see what is in the way in {} and discard it again", self.dir.display()))
+        };
+        for name in ["nbd.sock", "qmp.sock", "qmp.sock.ctl", "guest-agent.sock"] {
+            remove_file_if_there(&self.socket(name)).map_err(|error| cannot(&error))?;
+        }
+        // The journal goes last: as long as it is there, a restart finishes what is begun here.
+        for entry in fs::read_dir(&self.dir).map_err(|error| cannot(&error))?.flatten() {
+            let path = entry.path();
+            if entry.file_name() == "journal" {
+                continue;
+            }
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(|error| cannot(&error))?;
+        }
+        fs::remove_dir_all(&self.dir).map_err(|error| cannot(&error))?;
+        let (state, _) = driver.state.apply(Event::Removed);
+        driver.state = state;
+        self.show(|shown| shown.state = state);
+        tracing::info!(recovery = %self.definition.name, "recovery discarded");
+        Ok(())
+    }
+
+    fn watch(self: &Arc<Self>, driver: &mut Driver) {
+        driver.stop_watchers();
+        if let Some(vm) = &driver.vm {
+            driver.watchers.push(tokio::spawn(watch_vm(self.clone(), vm.clone())));
+            if self.lock().timings.first_console_ms.is_none() {
+                driver.watchers.push(tokio::spawn(watch_console(self.clone())));
+            }
+        }
+        driver.watchers.push(tokio::spawn(watch_room(self.clone())));
+    }
+
+    /// Where a socket of this recovery lies.
+    pub(super) fn socket(&self, name: &str) -> PathBuf {
+        self.context.state.short_path(self.dir.join(name))
+    }
+
+    /// The recovery's folder.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn millis(&self) -> u64 {
+        u64::try_from(self.asked.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn show(&self, change: impl FnOnce(&mut Shown)) {
+        change(&mut self.lock());
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Driver {
+    fn new(journal: Journal, state: State) -> Driver {
+        Driver { journal, state, machine: None, vm: None, serving: None, watchers: Vec::new() }
+    }
+
+    fn stop_watchers(&mut self) {
+        for watcher in self.watchers.drain(..) {
+            watcher.abort();
+        }
+    }
+}
+
+/// Whether overlays are new or taken up.
+#[derive(Debug, Clone, Copy)]
+enum Open {
+    Create,
+    Existing,
+}
+
+/// Opens every disk of a recovery and puts it into `table`.
+fn fill(
+    repository: &Repository,
+    definition: &Definition,
+    dir: &Path,
+    open: Open,
+    first_read: &Arc<FirstRead>,
+    table: &ExportTable,
+) -> Result<Vec<Arc<Overlay>>, Problem> {
+    let point = load_point(repository, &definition.point)?;
+    let mut overlays = Vec::new();
+    for disk in &definition.disks {
+        let description = format!("{} of {} in recovery {}", disk.name, definition.machine, definition.name);
+        let base = repository
+            .open_disk(&point, &disk.name)
+            .map_err(|error| Problem::from_read(&format!("cannot open {description}"), &error))?;
+        let identity = OverlayIdentity { point: *point.id.as_bytes(), disk: disk.name.clone(), size: disk.size };
+        let (folder, at) = (Arc::new(LocalFolder::new(dir.join("disks"))), PathBuf::from(&disk.name));
+        let overlay = match open {
+            Open::Create => Overlay::create(folder, &at, identity, base),
+            Open::Existing => Overlay::open(folder, &at, identity, base),
+        };
+        let overlay =
+            Arc::new(overlay.map_err(|error| {
+                Problem::from_overlay(&format!("cannot open the overlay of {description}"), &error)
+            })?);
+        let export = OverlayExport { overlay: overlay.clone(), description, first_read: first_read.clone() };
+        table
+            .add(export_name(&disk.name)?, Arc::new(export))
+            .map_err(|error| Problem::failed(format!("cannot publish disk {}", disk.name), &error))?;
+        overlays.push(overlay);
+    }
+    Ok(overlays)
+}
+
+/// The recovery point with id `id`.
+pub fn load_point(repository: &Repository, id: &str) -> Result<RecoveryPoint, Problem> {
+    let parsed = id.parse().map_err(|_| Problem::usage(format!("`{id}` is not the id of a recovery point")))?;
+    repository
+        .load_point(parsed)
+        .map_err(|error| Problem::from_read(&format!("cannot read recovery point {id}"), &error))
+}
+
+/// A disk's export name.
+pub fn export_name(disk: &str) -> Result<ExportName, Problem> {
+    ExportName::new(disk)
+        .map_err(|error| Problem::failed(format!("disk {disk} cannot be exported by its name"), &error))
+}
+
+async fn watch_vm(recovery: Arc<Recovery>, vm: Arc<dyn Machine>) {
+    loop {
+        let exited = tokio::time::timeout(WATCH_INTERVAL, vm.wait_exit()).await.is_ok();
+        if exited {
+            tracing::info!(recovery = %recovery.definition.name, "the VM has ended");
+            recovery.show(|shown| {
+                shown.vm = Some("shut-off".to_owned());
+                shown.pid = None;
+            });
+            return;
+        }
+        let Ok(status) = vm.status().await else { continue };
+        let stopped_by_disk = status.to_string() == "io-error";
+        recovery.show(|shown| shown.vm = Some(status.to_string()));
+        if stopped_by_disk && free_bytes(&recovery.dir).is_some_and(|free| free > ROOM_TO_RESUME) {
+            tracing::warn!(recovery = %recovery.definition.name, "the VM stopped on a disk error; there is room, it goes on");
+            if let Err(error) = vm.resume().await {
+                tracing::error!(recovery = %recovery.definition.name, error = %crate::problem::chain(&error), "it does not");
+            }
+        }
+    }
+}
+
+async fn watch_console(recovery: Arc<Recovery>) {
+    let console = recovery.dir.join("console.log");
+    while recovery.asked.elapsed() < CONSOLE_PATIENCE {
+        if fs::metadata(&console).is_ok_and(|file| file.len() > 0) {
+            recovery.show(|shown| shown.timings.first_console_ms = Some(recovery.millis()));
+            return;
+        }
+        tokio::time::sleep(CONSOLE_POLL).await;
+    }
+}
+
+async fn watch_room(recovery: Arc<Recovery>) {
+    let mut warned = false;
+    loop {
+        tokio::time::sleep(WATCH_INTERVAL).await;
+        let low = free_bytes(&recovery.dir).is_some_and(|free| free < ROOM_TO_WARN);
+        if low && !warned {
+            tracing::warn!(recovery = %recovery.definition.name, folder = %recovery.dir.display(), "little room is left for what the guest writes");
+        }
+        warned = low;
+    }
+}
+
+fn free_bytes(dir: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(dir).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+fn remove_file_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    fs::File::open(dir)?.sync_all()
+}

@@ -1,0 +1,182 @@
+//! The state folder: which process owns it, and where things lie in it.
+//!
+//! ```text
+//! STATE/lock             locked by the owner for as long as it lives; holds its process id and command
+//! STATE/lifeboat.sock    the owner's API
+//! STATE/catalog/ID/      derived catalog of the repository with that id (sled)
+//! STATE/recoveries/NAME/ one running recovery: journal, overlays, sockets, console
+//! STATE/scratch/         throw-away overlays of exports; emptied by every new owner
+//! STATE/service.log      what a service started in the background says
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+
+use crate::problem::{Kind, Problem};
+
+/// Longest path of a socket: a Unix socket address takes 107 bytes, and a driver may add a few of its own.
+const SOCKET_PATH_MAX: usize = 100;
+
+/// Where a state folder's parts lie. Making one touches nothing.
+#[derive(Debug, Clone)]
+pub struct StateDir {
+    root: PathBuf,
+}
+
+impl StateDir {
+    /// The state folder at `root`.
+    pub fn new(root: PathBuf) -> StateDir {
+        StateDir { root }
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The owner's API socket.
+    pub fn socket(&self) -> PathBuf {
+        self.short_path(self.root.join("lifeboat.sock"))
+    }
+
+    /// The folder of recoveries.
+    pub fn recoveries(&self) -> PathBuf {
+        self.root.join("recoveries")
+    }
+
+    /// The catalog of one repository.
+    pub fn catalog(&self, repository: &str) -> PathBuf {
+        self.root.join("catalog").join(repository)
+    }
+
+    /// Throw-away overlays.
+    pub fn scratch(&self) -> PathBuf {
+        self.root.join("scratch")
+    }
+
+    /// What a background service says.
+    pub fn service_log(&self) -> PathBuf {
+        self.root.join("service.log")
+    }
+
+    /// `path` itself if a Unix socket can have it as its address, else a short stand-in in the runtime folder that
+    /// depends on nothing but the path, so that every later process finds the same one.
+    pub fn short_path(&self, path: PathBuf) -> PathBuf {
+        if path.as_os_str().len() <= SOCKET_PATH_MAX {
+            return path;
+        }
+        let digest = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
+        runtime_dir().join(format!("{}.sock", &digest[..24]))
+    }
+
+    /// The names of recoveries that have a folder, whatever their state.
+    pub fn recovery_names(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.recoveries()) else { return Vec::new() };
+        let mut names: Vec<String> = entries
+            .flatten()
+            .filter(|entry| entry.path().join("journal").is_file())
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Makes this process the owner, until the returned lock is dropped. `command` is told to whom it keeps out.
+    pub fn own(&self, command: &str) -> Result<Ownership, Problem> {
+        let cannot = |error: &io::Error| {
+            Problem::failed(format!("cannot use the state folder {}", self.root.display()), error)
+                .hint("name a folder you may write to with --state or LIFEBOAT_STATE")
+        };
+        create_private_dir(&self.root).map_err(|e| cannot(&e))?;
+        let mut lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.root.join("lock"))
+            .map_err(|e| cannot(&e))?;
+        if let Err(error) = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            if error != rustix::io::Errno::WOULDBLOCK {
+                return Err(cannot(&error.into()));
+            }
+            let mut owner = String::new();
+            // The text is for a person; an owner that has not written it yet is as good a refusal.
+            let _ = lock.read_to_string(&mut owner);
+            let owner = if owner.trim().is_empty() { "another process".to_owned() } else { owner.trim().to_owned() };
+            return Err(Problem::new(
+                Kind::Refused,
+                format!("state folder {} is in use by {owner}", self.root.display()),
+            )
+            .hint("wait for it to end, stop it, or name another folder with --state"));
+        }
+        let write = |lock: &mut File| {
+            lock.set_len(0)?;
+            lock.rewind()?;
+            write!(lock, "process {} (lifeboat {command})", std::process::id())
+        };
+        write(&mut lock).map_err(|e| cannot(&e))?;
+        // Only an owner that died leaves overlays here.
+        match fs::remove_dir_all(self.scratch()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(&error)),
+            _ => {}
+        }
+        for dir in [self.recoveries(), self.scratch(), self.root.join("catalog")] {
+            create_private_dir(&dir).map_err(|e| cannot(&e))?;
+        }
+        Ok(Ownership { _lock: lock })
+    }
+}
+
+/// Proof that this process owns the state folder.
+#[derive(Debug)]
+pub struct Ownership {
+    _lock: File,
+}
+
+/// Creates a folder and its parents that only its owner may enter.
+pub fn create_private_dir(dir: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+/// The folder for sockets whose own place has too long a path.
+fn runtime_dir() -> PathBuf {
+    let dir = match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() && dir.len() < 60 => PathBuf::from(dir).join("lifeboat"),
+        _ => PathBuf::from(format!("/tmp/lifeboat-{}", rustix::process::getuid().as_raw())),
+    };
+    // A folder that cannot be made or secured shows at once, when the socket is bound in it.
+    if create_private_dir(&dir).is_ok() {
+        let _ = fs::set_permissions(&dir, fs::Permissions::from_mode(0o700));
+    }
+    dir
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_owner_is_refused_and_told_who_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::new(dir.path().join("state"));
+        let first = state.own("backup web01").unwrap();
+        let refusal = state.own("serve").unwrap_err();
+        assert_eq!(refusal.kind, Kind::Refused);
+        assert!(refusal.title.contains("lifeboat backup web01"), "{refusal}");
+        drop(first);
+        state.own("serve").unwrap();
+    }
+
+    #[test]
+    fn a_long_state_path_gets_a_short_socket_that_is_always_the_same() {
+        let state = StateDir::new(PathBuf::from("/x".repeat(100)));
+        assert!(state.socket().as_os_str().len() <= SOCKET_PATH_MAX);
+        assert_eq!(state.socket(), state.socket());
+        assert_eq!(StateDir::new("/s".into()).socket(), Path::new("/s/lifeboat.sock"));
+    }
+}
