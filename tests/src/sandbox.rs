@@ -1,0 +1,245 @@
+//! A repository and a state folder of a test's own, and the real program run on them.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{PATIENCE, wait_until};
+
+/// A place of a test's own. Dropped, it ends every process that was started in it.
+#[derive(Debug)]
+pub struct Sandbox {
+    dir: TempDir,
+}
+
+/// The program beside the test's own: `target/PROFILE/lifeboat`.
+fn program() -> PathBuf {
+    if let Some(path) = std::env::var_os("LIFEBOAT_BIN") {
+        return path.into();
+    }
+    let test = std::env::current_exe().unwrap_or_default();
+    let path = test.ancestors().nth(2).map(|dir| dir.join("lifeboat")).unwrap_or_default();
+    assert!(path.is_file(), "{} is not built; run `make test`, or `cargo build` first", path.display());
+    path
+}
+
+impl Default for Sandbox {
+    fn default() -> Sandbox {
+        Sandbox::new()
+    }
+}
+
+impl Sandbox {
+    /// An empty place with a short path.
+    pub fn new() -> Sandbox {
+        let dir = tempfile::Builder::new().prefix("lb-").tempdir();
+        Sandbox { dir: dir.unwrap_or_else(|error| panic!("no temporary folder: {error}")) }
+    }
+
+    /// A place with an encrypted repository.
+    pub fn with_repository() -> Sandbox {
+        let sandbox = Sandbox::new();
+        sandbox.ok(&["init"]);
+        sandbox
+    }
+
+    /// A path in this place.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The same, as text.
+    pub fn name(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// The program with arguments, on this place's repository.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command
+            .args(args)
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("HOME", self.dir.path())
+            .env("LIFEBOAT_REPO", self.path("repo"))
+            .env("LIFEBOAT_STATE", self.path("state"))
+            .env("LIFEBOAT_PASSPHRASE", "correct horse")
+            .env("LIFEBOAT_ACCEL", "tcg")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the program to its end.
+    pub fn run(&self, args: &[&str]) -> Output {
+        finish(self.command(args), args)
+    }
+
+    /// Runs it; it has to succeed. Returns what it prints.
+    pub fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "lifeboat {args:?} failed:\n{}", both(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs it with `--json`; it has to succeed.
+    pub fn json(&self, args: &[&str]) -> Value {
+        let said = self.ok(&[args, &["--json"]].concat());
+        serde_json::from_str(&said).unwrap_or_else(|error| panic!("lifeboat {args:?}: {error} in {said:?}"))
+    }
+
+    /// Runs it; it has to fail with exit status `status` and without a panic. Returns what it complains.
+    pub fn fails(&self, status: i32, args: &[&str]) -> String {
+        check_failure(status, args, &self.run(args))
+    }
+
+    /// The same for a prepared command.
+    pub fn command_fails(&self, status: i32, command: Command) -> String {
+        let args: Vec<String> = command.get_args().map(|arg| arg.to_string_lossy().into_owned()).collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        check_failure(status, &args, &finish(command, &args))
+    }
+
+    /// Starts it and goes on.
+    pub fn start(&self, args: &[&str]) -> Running {
+        let mut command = self.command(args);
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start lifeboat: {error}"));
+        let (sender, lines) = mpsc::channel();
+        if let Some(stdout) = child.stdout.take() {
+            std::thread::spawn(move || {
+                // The test may be over before the program is.
+                BufReader::new(stdout).lines().map_while(Result::ok).all(|line| sender.send(line).is_ok())
+            });
+        }
+        Running { child, lines }
+    }
+
+    /// Exports a point on a Unix socket in this place, and returns the running export and its first disk's URI.
+    pub fn export(&self, args: &[&str]) -> (Running, String) {
+        let listen = format!("unix:{}", self.name("nbd.sock"));
+        let export = self.start(&[&["export"], args, &["--listen", &listen]].concat());
+        let uri = export.line();
+        (export, uri)
+    }
+
+    /// The process that owns the state folder, if one does.
+    pub fn owner(&self) -> Option<u32> {
+        let text = std::fs::read_to_string(self.path("state/lock")).ok()?;
+        text.strip_prefix("process ")?.split_whitespace().next()?.parse().ok()
+    }
+
+    /// `kill -9` of the process that owns the state folder; returns when it is dead.
+    pub fn kill_owner(&self) {
+        let pid = self.owner().unwrap_or_else(|| panic!("nobody owns the state folder"));
+        kill(pid);
+        wait_until("the killed process is gone", || !is_alive(pid));
+    }
+}
+
+fn finish(mut command: Command, args: &[&str]) -> Output {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let child = child.unwrap_or_else(|error| panic!("cannot start lifeboat: {error}"));
+    let pid = child.id();
+    let (sender, done) = mpsc::channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    match done.recv_timeout(PATIENCE) {
+        Ok(output) => output.unwrap_or_else(|error| panic!("cannot wait for lifeboat: {error}")),
+        Err(_) => {
+            kill(pid);
+            panic!("lifeboat {args:?} does not end");
+        }
+    }
+}
+
+fn check_failure(status: i32, args: &[&str], output: &Output) -> String {
+    let said = both(output);
+    assert_eq!(output.status.code(), Some(status), "lifeboat {args:?}:\n{said}");
+    assert!(!said.contains("panicked"), "lifeboat {args:?}:\n{said}");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn both(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// SIGKILL. One that is gone already is as dead.
+pub(crate) fn kill(pid: u32) {
+    let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
+}
+
+/// Whether a process runs; one that waits to be buried does not.
+fn is_alive(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z')))
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if let Some(pid) = self.owner().filter(|pid| is_lifeboat(*pid)) {
+            kill(pid);
+        }
+        let recoveries = std::fs::read_dir(self.path("state/recoveries")).into_iter().flatten().flatten();
+        for recovery in recoveries {
+            let pid = std::fs::read_to_string(recovery.path().join("qemu.pid"));
+            if let Some(pid) = pid.ok().and_then(|pid| pid.trim().parse().ok()) {
+                kill(pid);
+            }
+        }
+    }
+}
+
+/// The lock of a dead owner may name a process that is somebody else's by now.
+fn is_lifeboat(pid: u32) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/exe"))
+        .is_ok_and(|exe| exe.file_name().is_some_and(|name| Path::new(name).starts_with("lifeboat")))
+}
+
+/// A program at work, killed when dropped.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Running {
+    /// The next line it prints.
+    pub fn line(&self) -> String {
+        self.lines.recv_timeout(PATIENCE).unwrap_or_else(|error| panic!("lifeboat prints nothing: {error}"))
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        kill(self.child.id());
+        self.wait();
+    }
+
+    /// SIGTERM, then waits for its end.
+    pub fn stop(&mut self) -> ExitStatus {
+        let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        self.wait()
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_until("lifeboat ends", || {
+            status = self.child.try_wait().unwrap_or_else(|error| panic!("cannot wait: {error}"));
+            status.is_some()
+        });
+        status.unwrap_or_else(|| unreachable!("waited for it"))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
