@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds everything and runs every test; arguments go to the test programs. The last line is the sum over all of them.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+target=${CARGO_TARGET_DIR:-$PWD/target}
+mkdir -p "$target"
+log=$(mktemp "$target/tests.XXXXXX")
+trap 'rm -f "$log"' EXIT
+
+# Guests run under emulation: where /dev/kvm exists it may still be unable to run one. The programs under test are
+# built by the same selection as the tests, so nothing is compiled twice.
+export LIFEBOAT_ACCEL=${LIFEBOAT_ACCEL:-tcg}
+cargo build --workspace --all-targets || exit 1
+cargo test --workspace --no-fail-fast -- "$@" 2>&1 | tee "$log"
+status=${PIPESTATUS[0]}
+
+awk '
+    /^test result: / { for (i = 2; i <= NF; i++) {
+        if ($i == "passed;") passed += $(i - 1)
+        if ($i == "failed;") failed += $(i - 1)
+        if ($i == "ignored;") skipped += $(i - 1) } }
+    /^skipped: / { skipped++; passed-- } # such a test returned early, and counted itself as passed
+    END { printf "%d passed, %d failed, %d skipped\n", passed, failed, skipped }' "$log"
+exit "$status"
