@@ -72,6 +72,9 @@ pub enum BackupError {
     /// The parent's manifest cannot be read; a backup without parent is possible.
     #[error("cannot read the parent recovery point")]
     Parent(#[source] ReadError),
+    /// The index cannot be read.
+    #[error("cannot read the index")]
+    Index(#[source] ReadError),
     /// The recovery point cannot be written down.
     #[error("the recovery point cannot be sealed")]
     Point(#[source] FormatError),
@@ -169,6 +172,7 @@ impl Backup {
         parent: Option<&RecoveryPoint>,
         progress: Arc<Progress>,
     ) -> Result<Backup, BackupError> {
+        read.fetcher.index.refresh().map_err(BackupError::Index)?; // other processes write, too
         let shared = Shared::new(read.fetcher.clone(), progress);
         let shared = Arc::new(shared.map_err(|source| BackupError::write("packs".to_owned(), source))?);
         let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

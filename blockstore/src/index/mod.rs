@@ -60,6 +60,33 @@ impl Index {
         Ok(index)
     }
 
+    /// Sees the runs that others added, and forgets those that others merged. Damaged ones are replaced.
+    pub fn refresh(&self) -> Result<(), ReadError> {
+        let (_, damaged) = self.relist()?;
+        if damaged.is_empty() { Ok(()) } else { self.replace_damaged(damaged) }
+    }
+
+    /// Brings the set in line with what is stored: whether that changed it, and which stored runs are damaged.
+    fn relist(&self) -> Result<(bool, Vec<(RunId, FormatError)>), ReadError> {
+        let Loaded { runs, damaged } = self.load()?;
+        let known = self.runs();
+        let new: Vec<_> = runs.into_iter().filter(|run| !known.iter().any(|known| known.id == run.id)).collect();
+        // Added since the listing, or held in memory because it cannot be stored: not gone.
+        let is_gone = |run: &&Arc<Run>| {
+            let len = self.storage.len(&Object::IndexRun(run.id));
+            run.stored && len.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
+        let gone: Vec<RunId> = known.iter().filter(is_gone).map(|run| run.id).collect();
+        let changed = !new.is_empty() || !gone.is_empty();
+        if changed {
+            self.change(|runs| {
+                runs.retain(|run| !gone.contains(&run.id));
+                new.into_iter().for_each(|run| insert(runs, run));
+            });
+        }
+        Ok((changed, damaged))
+    }
+
     fn current(&self) -> Arc<Set> {
         self.set.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

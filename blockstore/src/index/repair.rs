@@ -51,13 +51,7 @@ impl Index {
         if repair.vain.is_some_and(|(at, generation)| generation == seen && at.elapsed() < PAUSE) {
             return Ok(false);
         }
-        let loaded = self.load()?;
-        let known: HashSet<RunId> = self.runs().iter().map(|run| run.id).collect();
-        let mut damaged = loaded.damaged;
-        let fresh = loaded.runs.iter().any(|run| !known.contains(&run.id)) || loaded.runs.len() != known.len();
-        if fresh {
-            self.change(|runs| *runs = loaded.runs);
-        }
+        let (fresh, mut damaged) = self.relist()?;
         for run in self.runs() {
             if !repair.proven.contains(&run.id) {
                 if run.is_intact() {

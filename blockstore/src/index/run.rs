@@ -27,6 +27,8 @@ pub(crate) struct Location {
 #[derive(Debug)]
 pub(crate) struct Run {
     pub id: RunId,
+    /// Whether it was opened from storage; one that was only built is in memory alone.
+    pub stored: bool,
     bytes: Mapping,
     layout: Layout,
     /// Least and greatest id, for skipping the run.
@@ -46,7 +48,10 @@ impl Run {
                 Err(ReadError::Damaged { object, source: FormatError::Name })
             }
             Err(source) => Err(ReadError::Damaged { object, source }),
-            Ok(_) => Run::of(id, bytes, repository).map_err(|source| ReadError::Damaged { object, source }),
+            Ok(_) => match Run::of(id, bytes, repository) {
+                Ok(run) => Ok(Run { stored: true, ..run }),
+                Err(source) => Err(ReadError::Damaged { object, source }),
+            },
         }
     }
 
@@ -60,7 +65,7 @@ impl Run {
         let layout = Layout::decode(&bytes, repository)?;
         let entries = layout.entries(&bytes);
         let span = entries.first().zip(entries.last()).map(|(first, last)| (ChunkId(first.id), ChunkId(last.id)));
-        Ok(Run { id, bytes, layout, span })
+        Ok(Run { id, stored: false, bytes, layout, span })
     }
 
     /// The run's bytes, for writing.

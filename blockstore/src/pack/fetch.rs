@@ -20,6 +20,9 @@ use crate::storage::{Object, Storage};
 /// Neighbours in a pack are read together up to this many bytes.
 pub(crate) const READ_MAX: u32 = 1 << 20;
 
+/// How often a chunk is looked for anew after the index changed.
+const TRIES_MAX: u32 = 5;
+
 /// Reads chunks and nodes. Shared by everything that reads.
 #[derive(Debug)]
 pub(crate) struct Fetcher {
@@ -64,7 +67,9 @@ impl Fetcher {
     }
 
     fn get(&self, id: &ChunkId, wanted: Wanted) -> Result<Bytes, ReadError> {
+        let mut tries = 0;
         loop {
+            tries += 1;
             let seen = self.index.generation();
             let mut error = ReadError::MissingChunk { chunk: *id };
             for location in self.index.locate(id) {
@@ -76,7 +81,7 @@ impl Fetcher {
                     Err(failed) => error = failed,
                 }
             }
-            if !self.index.repair(seen)? {
+            if tries >= TRIES_MAX || !self.index.repair(seen)? {
                 return Err(error);
             }
         }

@@ -310,3 +310,87 @@ fn generated_key_files_are_long_and_differ() {
     assert_eq!(one.len(), 64);
     assert_ne!(one, Repository::generate_key_file().expect("random"));
 }
+
+/// Lets nothing be written.
+#[derive(Debug)]
+struct ReadOnly(Arc<dyn crate::Storage>);
+
+fn refuse<T>() -> std::io::Result<T> {
+    Err(std::io::ErrorKind::ReadOnlyFilesystem.into())
+}
+
+impl crate::Storage for ReadOnly {
+    fn put(&self, _: &Object, _: &[u8]) -> std::io::Result<()> {
+        refuse()
+    }
+    fn create(&self, _: &Object, _: &[u8]) -> std::io::Result<()> {
+        refuse()
+    }
+    fn delete(&self, _: &Object) -> std::io::Result<()> {
+        refuse()
+    }
+    fn get(&self, object: &Object, max: u64) -> std::io::Result<bytes::Bytes> {
+        self.0.get(object, max)
+    }
+    fn get_range(&self, object: &Object, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.0.get_range(object, offset, buf)
+    }
+    fn len(&self, object: &Object) -> std::io::Result<u64> {
+        self.0.len(object)
+    }
+    fn list(&self, kind: ObjectKind) -> std::io::Result<Vec<crate::storage::Listed>> {
+        self.0.list(kind)
+    }
+    fn map(&self, object: &Object) -> std::io::Result<crate::Mapping> {
+        self.0.map(object)
+    }
+    fn is_vacant(&self) -> std::io::Result<bool> {
+        self.0.is_vacant()
+    }
+}
+
+#[test]
+fn a_read_only_repository_with_a_lost_index_is_readable_and_a_lost_chunk_is_an_error_not_a_hang() {
+    let folder = SimFolder::new(1);
+    let repository = new_repository(&folder);
+    let disk = mixed_disk(1, 1 << 20);
+    let (point, _) = back_up(&repository, &disk, None).expect("backs up");
+    let run = files(&folder, "index").remove(0);
+    let pack = data_pack_of(&repository, &point);
+    for lost in ["index header", "index entry", "index", "pack"] {
+        let copy = folder.after_crash();
+        match lost {
+            "index header" => flip(&copy, &run, 20),
+            "index entry" => flip(&copy, &run, len(&copy, &run) / 2),
+            "index" => copy.remove(&run).expect("removes"),
+            _ => {
+                copy.remove(&run).expect("removes");
+                copy.remove(Path::new(&pack.path())).expect("removes");
+            }
+        }
+        let storage = Arc::new(ReadOnly(sim_storage(&copy)));
+        let repository = Repository::open(storage, Some(&key(1)), 0).expect("opens");
+        let opened = repository.open_disk(&point, "disk0").expect("opens");
+        let mut out = Vec::new();
+        let read = crate::Base::read(&*opened, 0, 1 << 20, &mut out);
+        if lost == "pack" {
+            assert!(matches!(read, Err(ReadError::MissingChunk { .. })), "{read:?}");
+            assert!(out.is_empty());
+        } else {
+            assert_eq!(restored(&repository, &point, "disk0"), disk, "{lost}");
+        }
+        let expected = usize::from(lost.starts_with("index "));
+        assert_eq!(files(&copy, "index").len(), expected, "nothing was written");
+    }
+}
+
+#[test]
+fn a_backup_uses_what_another_process_stored_since_the_opening() {
+    let folder = SimFolder::new(1);
+    let one = new_repository(&folder);
+    let other = open_repository(&folder);
+    let disk = mixed_disk(1, 1 << 20);
+    back_up(&one, &disk, None).expect("backs up");
+    let (_, stats) = back_up(&other, &disk, None).expect("backs up");
+    assert_eq!((stats.new_chunks, stats.new_nodes), (0, 0));
+}

@@ -341,8 +341,15 @@ impl Verifier<'_> {
         Ok(wrong.into_iter().map(|(object, what)| self.note(object, what)).collect())
     }
 
-    fn pack_problem(&self, location: &Location) -> Option<String> {
-        match self.packs.get(&location.pack.pack) {
+    fn pack_problem(&mut self, location: &Location) -> Option<String> {
+        let pack = location.pack.pack;
+        if !self.packs.contains_key(&pack) {
+            // Not in the listing: perhaps a backup that runs at the same time stored it since.
+            if let Ok(len) = self.repository.storage().len(&Object::Pack(pack)) {
+                self.packs.insert(pack, len);
+            }
+        }
+        match self.packs.get(&pack) {
             None => Some("it is missing".to_owned()),
             Some(len) if *len != u64::from(location.pack.len) => {
                 Some(format!("it has {len} bytes instead of {}", location.pack.len))
