@@ -222,6 +222,9 @@ impl Recovery {
         }
         self.enter(&mut driver, Event::VmStarted, None)?;
         self.watch(&mut driver);
+        if driver.vm.is_some() {
+            driver.watchers.push(tokio::spawn(watch_console(self.clone())));
+        }
         Ok(())
     }
 
@@ -477,9 +480,6 @@ impl Recovery {
         driver.stop_watchers();
         if let Some(vm) = &driver.vm {
             driver.watchers.push(tokio::spawn(watch_vm(self.clone(), vm.clone())));
-            if self.lock().timings.first_console_ms.is_none() {
-                driver.watchers.push(tokio::spawn(watch_console(self.clone())));
-            }
         }
         driver.watchers.push(tokio::spawn(watch_room(self.clone())));
     }
