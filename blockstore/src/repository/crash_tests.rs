@@ -66,7 +66,9 @@ fn a_crash_at_every_operation_of_a_backup_loses_no_point_and_invents_none() {
         let rehearsal = ready.after_crash_with(seed);
         second_backup(&rehearsal, &earlier).expect("without a crash it succeeds");
         let operations = rehearsal.operations();
-        assert!(operations > 20, "the workload must do something: {operations}");
+        let runs = open_repository(&rehearsal).stats().expect("counts").index_runs;
+        assert_eq!(runs, 1, "the workload must merge index runs, too");
+        assert!(operations > 40, "two packs, two runs, a point and nine deletions: {operations}");
         for cut in 0..=operations {
             let folder = ready.after_crash_with(seed).crash_at(cut);
             let acknowledged = second_backup(&folder, &earlier);
