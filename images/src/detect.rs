@@ -22,8 +22,11 @@ pub(crate) const QCOW_MAGIC: [u8; 4] = *b"QFI\xfb";
 /// First line of a VMDK descriptor file.
 const VMDK_DESCRIPTOR: &[u8] = b"# Disk DescriptorFile";
 
-/// Raw is what is nothing else.
+/// Raw is what is nothing else, and what is a block device: a guest may have written what stands on it.
 pub(crate) fn detect(disk: &Raw, path: &Path) -> Result<Format, OpenError> {
+    if disk.is_device() {
+        return Ok(Format::Raw);
+    }
     let mut head = [0_u8; 512];
     let length = usize::try_from(disk.size().min(512)).unwrap_or(512);
     let part = head.get_mut(..length).unwrap_or_default();

@@ -7,6 +7,7 @@
 
 mod detect;
 mod error;
+mod guard;
 mod qcow2;
 mod raw;
 mod target;
@@ -16,7 +17,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub use error::{OpenError, TargetError};
-pub use target::{ImageTarget, Overwrite, TargetFormat, create_target};
+pub use target::{ImageTarget, Overwrite, TargetFormat, create_raw, create_target};
 
 /// A disk image that can be read from several threads at once.
 pub trait DiskImage: Send + Sync {
@@ -59,7 +60,8 @@ pub enum BackingFiles {
 /// How to open an image.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OpenOptions {
-    /// Found out by looking at the first bytes when not given.
+    /// Found out by looking at the first bytes when not given. A guest can write a qcow2 header to its raw disk, and
+    /// only saying that the disk is raw keeps that from being believed; a block device is raw unless told otherwise.
     pub format: Option<Format>,
     /// What to do with backing files.
     pub backing_files: BackingFiles,

@@ -43,6 +43,12 @@ impl Raw {
     }
 }
 
+impl Raw {
+    pub(crate) fn is_device(&self) -> bool {
+        self.device
+    }
+}
+
 /// A block device's size is where its end is.
 pub(crate) fn device_size(mut file: &File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))

@@ -358,3 +358,190 @@ fn an_unfinished_target_leaves_what_was_there() {
     let error = images::create_target(dir.path(), TargetFormat::Raw, MIB, Overwrite::Replace).err().unwrap();
     assert!(matches!(error, TargetError::Unfit { .. }), "{error}");
 }
+
+#[test]
+fn what_was_cut_off_is_an_error_and_never_zeroes() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = noise(11, 2 * 1024 * 1024);
+    fs::write(dir.path().join("a.raw"), &disk).unwrap();
+    for options in [&["-S", "0"][..], &["-c"], &["-o", "cluster_size=512"]] {
+        qemu_img(&dir, &[&["convert", "-O", "qcow2"], options, &["a.raw", "good.qcow2"]].concat());
+        let good = fs::read(dir.path().join("good.qcow2")).unwrap();
+        let path = dir.path().join("cut.qcow2");
+        for eighth in 0..8 {
+            let mut failures = 0;
+            fs::write(&path, &good[..good.len() * eighth / 8]).unwrap();
+            let options_of_ours = OpenOptions { format: Some(Format::Qcow2), ..OpenOptions::default() };
+            let Ok(image) = images::open(&path, &options_of_ours) else { continue };
+            for (number, expected) in disk.chunks(65_536).enumerate() {
+                let mut buf = vec![0_u8; expected.len()];
+                match image.read_at(number as u64 * 65_536, &mut buf) {
+                    Ok(()) => assert!(buf == expected, "{options:?}, {eighth}/8: chunk {number} reads wrongly"),
+                    Err(_) => failures += 1,
+                }
+            }
+            assert!(failures > 0, "{options:?}, {eighth}/8: nothing is missing");
+        }
+    }
+}
+
+#[test]
+fn a_raw_backing_file_is_raw_whatever_a_guest_wrote_to_it() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("secret"), "what only the host may read").unwrap();
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-b", "secret", "-F", "raw", "base.raw", "1M"]);
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "-u", "top.qcow2", "1M"]);
+    assert_reads_as_qemu_reads(&dir, "top.qcow2");
+    let image = open(&dir.path().join("top.qcow2")).unwrap();
+    assert!(contents(image.as_ref()).starts_with(b"QFI\xfb"));
+}
+
+#[test]
+fn holes_of_a_raw_backing_file_are_passed_over() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    raw_disk(&dir, "base.raw", 64 * MIB, 12);
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2", "80M"]);
+    run("qemu-io", &["-c", "write -P 5 70M 4k", "-c", "write -z 0 64k", "top.qcow2"], dir.path());
+    assert_reads_as_qemu_reads(&dir, "top.qcow2");
+    let image = open(&dir.path().join("top.qcow2")).unwrap();
+    let (mut at, mut data) = (0, 0);
+    while let Some(range) = image.next_data(at).unwrap() {
+        data += range.end - range.start;
+        at = range.end;
+    }
+    assert!(data < MIB, "{data} bytes of data in a disk with 350 kB of it");
+}
+
+#[test]
+fn threads_share_an_image_with_large_compressed_clusters() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let source = raw_disk(&dir, "a.raw", 20 * MIB + 512, 13);
+    qemu_img(&dir, &["convert", "-c", "-O", "qcow2", "-o", "cluster_size=2M", "a.raw", "a.qcow2"]);
+    let expected = fs::read(source).unwrap();
+    let image = open(&dir.path().join("a.qcow2")).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4_usize {
+            let (image, expected) = (&image, &expected);
+            scope.spawn(move || {
+                for round in 0..200_usize {
+                    let at = (thread * 5_300_000 + round * 104_729) % (expected.len() - 70_000);
+                    let mut buf = vec![0_u8; 70_000];
+                    image.read_at(at as u64, &mut buf).unwrap();
+                    assert!(buf == expected[at..at + 70_000], "thread {thread}, round {round}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn an_image_that_was_not_closed_is_left_to_qemu() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", "a.qcow2", "1M"]);
+    let path = dir.path().join("a.qcow2");
+    File::options().write(true).open(&path).unwrap().write_all_at(&[1], 79).unwrap();
+    assert!(matches!(open(&path).err(), Some(OpenError::Unsupported { format, .. }) if format == "qcow2"));
+}
+
+#[test]
+fn a_target_takes_nothing_past_its_end_and_replaces_only_what_it_may() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.img");
+    for format in [TargetFormat::Raw, TargetFormat::Qcow2] {
+        let target = images::create_target(&path, format, MIB, Overwrite::Refuse).unwrap();
+        target.write_at(MIB - 1, b"x").unwrap();
+        for (offset, data) in [(MIB - 1, &b"xy"[..]), (MIB, b"x"), (u64::MAX, b"xy")] {
+            assert!(target.write_at(offset, data).is_err(), "{offset}");
+        }
+        // Somebody else is faster.
+        fs::write(&path, "first").unwrap();
+        assert_eq!(target.finish().unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "the unfinished image is still there");
+        fs::remove_file(&path).unwrap();
+    }
+    let long = dir.path().join("x".repeat(255));
+    images::create_raw(&long, MIB, Overwrite::Refuse).unwrap().finish().unwrap();
+    assert_eq!(fs::metadata(&long).unwrap().len(), MIB);
+}
+
+#[test]
+fn a_link_keeps_leading_to_what_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("pool")).unwrap();
+    let disk = dir.path().join("pool/disk.raw");
+    fs::write(&disk, "old").unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o640);
+    fs::set_permissions(&disk, mode).unwrap();
+    let link = dir.path().join("link.raw");
+    std::os::unix::fs::symlink(&disk, &link).unwrap();
+    images::create_raw(&link, MIB, Overwrite::Replace).unwrap().finish().unwrap();
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    let replaced = fs::metadata(&disk).unwrap();
+    assert_eq!((replaced.len(), std::os::unix::fs::MetadataExt::mode(&replaced) & 0o777), (MIB, 0o640));
+}
+
+#[test]
+fn block_devices_are_raw_disks_and_targets() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = raw_disk(&dir, "backing.raw", 4 * MIB, 14);
+    let Some(device) = LoopDevice::attach(&file) else {
+        println!("skipped: no loop device can be had");
+        return;
+    };
+    let path = Path::new(&device.0);
+    let image = open(path).unwrap();
+    assert_eq!((image.size(), image.describe()), (4 * MIB, "block device".to_owned()));
+    assert!(contents(image.as_ref()) == fs::read(&file).unwrap());
+
+    let create = |format, size, overwrite| images::create_target(path, format, size, overwrite);
+    assert!(matches!(create(TargetFormat::Raw, MIB, Overwrite::Refuse).err(), Some(TargetError::Exists { .. })));
+    assert!(matches!(create(TargetFormat::Qcow2, MIB, Overwrite::Replace).err(), Some(TargetError::Unfit { .. })));
+    let error = create(TargetFormat::Raw, 4 * MIB + 1, Overwrite::Replace).err().unwrap();
+    assert!(matches!(error, TargetError::TooSmall { available, .. } if available == 4 * MIB), "{error}");
+    let target = create(TargetFormat::Raw, 4 * MIB, Overwrite::Replace).unwrap();
+    assert!(!target.starts_zeroed());
+    target.write_at(0, b"QFI\xfb\0\0\0\x03").unwrap();
+    target.write_at(4 * MIB - 4, b"last").unwrap();
+    let busy = create(TargetFormat::Raw, 4 * MIB, Overwrite::Replace).err();
+    assert!(matches!(busy, Some(TargetError::Io { .. })), "a device is held by one target");
+    target.finish().unwrap();
+    // What a guest wrote does not make a device a qcow2 image.
+    let image = open(path).unwrap();
+    assert_eq!(image.size(), 4 * MIB);
+    let mut end = [0_u8; 4];
+    image.read_at(4 * MIB - 4, &mut end).unwrap();
+    assert_eq!(&end, b"last");
+}
+
+/// A loop device, given back when dropped.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn attach(file: &Path) -> Option<LoopDevice> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
+        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !name.is_empty()).then_some(LoopDevice(name))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        drop(Command::new("losetup").args(["--detach", &self.0]).status());
+    }
+}
