@@ -90,6 +90,7 @@ struct Turn {
     tail: u64,
     epoch: u64,
     header_crc: u32,
+    turn_at: u64,
     /// The other file holds changes that no flush has journalled.
     other_counts: bool,
 }
@@ -157,12 +158,27 @@ impl Recent {
 
     fn assemble(place: &Place, boot: [u8; 16], files: [Option<Arc<dyn Disk>>; 2]) -> Recent {
         let place = place.clone();
-        let turn = Turn { place, boot, files, active: 0, tail: 0, epoch: 0, header_crc: 0, other_counts: false };
+        let turn = Turn {
+            place,
+            boot,
+            files,
+            active: 0,
+            tail: 0,
+            epoch: 0,
+            header_crc: 0,
+            turn_at: TURN_AT,
+            other_counts: false,
+        };
         Recent { turn: Mutex::new(turn) }
     }
 
     fn turn(&self) -> MutexGuard<'_, Turn> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_turn_at(&self, bytes: u64) {
+        self.turn().turn_at = bytes;
     }
 
     /// Appends a change, after it was noted for the next flush.
@@ -176,7 +192,7 @@ impl Recent {
     /// the file it leaves holds no others.
     pub(super) fn turn_over(&self) {
         let mut turn = self.turn();
-        if turn.tail >= TURN_AT && !turn.other_counts {
+        if turn.tail >= turn.turn_at && !turn.other_counts {
             turn.active ^= 1;
             turn.tail = 0;
             turn.other_counts = true;

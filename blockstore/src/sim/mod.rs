@@ -8,7 +8,8 @@
 //!   whose content was synced can still vanish;
 //! - a sync that failed loses what it did not write: a second sync would succeed and would not bring it back.
 //!
-//! The boot id is another one after a power cut; a process that is killed is a test that drops what it had open.
+//! The boot id is another one after a power cut; what is not synced
+//! is still there when only the process was killed ([`SimFolder::after_kill`]).
 //!
 //! The seed decides; the same seed and the same operations give the same outcome. Every operation that changes
 //! something, and every sync, counts as one ([`SimFolder::operations`]), so a test can run its workload once to count
@@ -116,6 +117,14 @@ impl SimFolder {
     #[must_use]
     pub fn after_crash_with(&self, seed: u64) -> SimFolder {
         SimFolder { world: Arc::new(Mutex::new(self.world().crash(seed))) }
+    }
+
+    /// Ends everything that uses this folder, as if its process had been killed at that point while the machine ran on,
+    /// and returns what the next process finds: all that was written, synced or not, under the same boot id. With
+    /// [`SimFolder::crash_at`] the process is killed at any operation. Faults are not carried over, locks are free.
+    #[must_use]
+    pub fn after_kill(&self) -> SimFolder {
+        SimFolder { world: Arc::new(Mutex::new(self.world().kill())) }
     }
 
     fn open(&self, inode: InodeId, access: Access) -> Arc<dyn Disk> {

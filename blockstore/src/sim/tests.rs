@@ -149,3 +149,25 @@ fn locks_are_free_after_a_power_cut() {
     after.open_exclusive(Path::new("f")).unwrap();
     assert!(held.write_at(0, b"x").is_err(), "a handle from before the cut is dead");
 }
+
+#[test]
+fn a_killed_process_leaves_everything_it_wrote_and_a_later_power_cut_still_decides() {
+    let mut lost = 0;
+    for seed in 0..20 {
+        let (folder, disk) = prepared(seed);
+        let boot = folder.boot_id();
+        let _held = folder.open_exclusive(Path::new("f")).unwrap();
+        disk.write_at(0, &[2; 8192]).unwrap();
+        folder.rename(Path::new("f"), Path::new("g")).unwrap();
+        let killed = folder.after_kill();
+        assert!(folder.is_off() && disk.sync().is_err());
+        assert_eq!(killed.boot_id(), boot);
+        assert_eq!(bytes(&killed, "g").unwrap(), [2; 8192]);
+        drop(killed.open_exclusive(Path::new("g")).unwrap());
+        let after = killed.after_crash();
+        assert_ne!(after.boot_id(), boot);
+        lost += u32::from(bytes(&after, "g").is_none_or(|bytes| bytes != [2; 8192]));
+        killed.after_kill().after_kill().open_exclusive(Path::new("g")).unwrap().sync().unwrap();
+    }
+    assert!(lost > 5);
+}

@@ -12,7 +12,7 @@ use super::random::Random;
 
 pub(crate) type InodeId = u64;
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct Inode {
     durable: Image,
     current: Image,
@@ -364,6 +364,22 @@ impl World {
     pub(crate) fn list_dirs(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
         self.alive()?;
         Ok(self.dirs.iter().filter(|path| path.parent() == Some(dir)).cloned().collect())
+    }
+
+    /// Stops everything, if it is not off yet, and returns the same storage with nothing open: what was not synced is
+    /// there and still not synced.
+    pub(crate) fn kill(&mut self) -> World {
+        self.off = true;
+        let mut after = World::new(self.seed);
+        after.boots = self.boots;
+        after.random = self.random.clone();
+        after.inodes.clone_from(&self.inodes);
+        after.inodes.values_mut().for_each(|inode| inode.locked = false);
+        after.names.clone_from(&self.names);
+        after.durable_names.clone_from(&self.durable_names);
+        after.pending_names.clone_from(&self.pending_names);
+        after.dirs.clone_from(&self.dirs);
+        after
     }
 
     /// Cuts the power, if it is not off yet, and returns what a machine finds that starts on this storage.

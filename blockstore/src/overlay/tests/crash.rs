@@ -11,12 +11,19 @@ const DISK: u64 = 24 * 4096 + 1500;
 struct Promise {
     flushed: Vec<u8>,
     now: Vec<u8>,
+    /// As `now`, without the operation under way.
+    acknowledged: Vec<u8>,
     later: Vec<BTreeSet<u8>>,
 }
 
 impl Promise {
     fn new(bytes: Vec<u8>) -> Promise {
-        Promise { later: vec![BTreeSet::new(); bytes.len()], now: bytes.clone(), flushed: bytes }
+        Promise {
+            later: vec![BTreeSet::new(); bytes.len()],
+            now: bytes.clone(),
+            acknowledged: bytes.clone(),
+            flushed: bytes,
+        }
     }
 
     /// Before the operation, because it may be cut off in the middle.
@@ -25,6 +32,18 @@ impl Promise {
         for (at, byte) in (start..).zip(data) {
             self.now[at] = *byte;
             self.later[at].insert(*byte);
+        }
+    }
+
+    fn has_written(&mut self) {
+        self.acknowledged.clone_from(&self.now);
+    }
+
+    /// After the end of the process alone.
+    fn assert_acknowledged(&self, found: &[u8], context: &str) {
+        for (at, byte) in found.iter().enumerate() {
+            let (old, new) = (self.acknowledged[at], self.now[at]);
+            assert!(*byte == old || *byte == new, "{context}: byte {at} is {byte}, was {old}, maybe {new}");
         }
     }
 
@@ -56,10 +75,11 @@ impl Numbers {
     }
 }
 
-/// Opens an overlay that compacts its journal at `compact_min`.
+/// Opens an overlay that compacts its journal at `compact_min` and goes over to the other file of recent changes often.
 fn open_tuned(folder: &SimFolder, compact_min: u64) -> Result<Overlay, OverlayError> {
     let overlay = open(folder, DISK)?;
     overlay.journal.lock().unwrap().set_compact_min(compact_min);
+    overlay.recent.as_ref().unwrap().set_turn_at(64 + 3 * 20);
     Ok(overlay)
 }
 
@@ -69,6 +89,7 @@ fn run(folder: &SimFolder, compact_min: u64, promise: &mut Promise, seed: u64, s
     let mut overlay = open_tuned(folder, compact_min)?;
     let mut numbers = Numbers(seed);
     for step in 0..steps {
+        promise.has_written();
         let offset = match numbers.below(3) {
             0 => numbers.below(DISK / 4096) * 4096,
             1 => numbers.below(DISK / 512) * 512,
@@ -133,6 +154,18 @@ fn crash_everywhere(seed: u64, compact_min: u64) {
             let _ = run(&folder, compact_min, &mut promise, seed, STEPS);
             assert_eq!(folder.is_off(), cut < operations, "seed {seed}, cut {cut}");
         });
+        // Only the process was killed; what another one finds, and then flushes, stays.
+        let context = format!("seed {seed}, killed at {cut} of {operations}, compaction {compact_min}");
+        let killed = folder.after_kill();
+        let overlay = reopen(&killed, created.is_ok(), &context);
+        let found = read(&overlay, 0, DISK);
+        promise.assert_acknowledged(&found, &context);
+        overlay.flush().unwrap();
+        drop(overlay);
+        for outcome in 0..3 {
+            let after = killed.after_crash_with(seed ^ (outcome << 32));
+            assert!(read(&reopen(&after, true, &context), 0, DISK) == found, "{context}: a flush lost something");
+        }
         for outcome in 0..4 {
             let context =
                 format!("seed {seed}, cut {cut} of {operations}, outcome {outcome}, compaction {compact_min}");

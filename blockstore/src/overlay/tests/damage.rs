@@ -250,3 +250,25 @@ fn a_header_of_another_kind_is_refused_by_name() {
         assert!(error.contains(expected), "{error}");
     }
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_content_of_the_files_makes_opening_panic(
+        start in 0usize..6000,
+        noise in proptest::collection::vec(proptest::num::u8::ANY, 1..2000),
+        magic in 0usize..4,
+        recent in proptest::collection::vec(proptest::num::u8::ANY, 0..300),
+    ) {
+        let folder = four_flushes();
+        let journal = folder.open_exclusive(&journal_path()).unwrap();
+        journal.write_at(start as u64, &noise).unwrap();
+        journal.write_at((BATCHES + magic * 512) as u64, b"LBJB").unwrap();
+        drop(journal);
+        folder.create(&dir().join("recent.1")).unwrap().write_at(0, &recent).unwrap();
+        match open(&folder, SIZE) {
+            Ok(overlay) => assert_eq!(read(&overlay, 0, SIZE).len() as u64, SIZE),
+            Err(OverlayError::Damaged { .. } | OverlayError::Unsupported { .. } | OverlayError::Mismatch { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}

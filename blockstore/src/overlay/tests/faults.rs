@@ -146,6 +146,34 @@ fn a_flush_that_finds_no_room_for_the_journal_is_done_by_the_next_one_with_room(
 }
 
 #[test]
+fn changes_of_a_flush_that_found_no_room_outlive_a_killed_process() {
+    let folder = SimFolder::new(1);
+    let size = 200_000 * 4096;
+    let overlay = create(&folder, size).unwrap();
+    overlay.recent.as_ref().unwrap().set_turn_at(1);
+    // Room for the list of each part, but not for its journal; each flush in vain might go over to the other list.
+    let mut failed = 0;
+    for part in 0..6usize {
+        let _ = folder.clone().full_after(80 * 4096);
+        for grain in (part as u64 * 30_000 + 2..(part as u64 + 1) * 30_000).step_by(2) {
+            overlay.mark(grain..grain + 1, map::State::Zero).unwrap();
+        }
+        // Each list names grain 0; the last word counts.
+        for state in [map::State::Data, map::State::Zero, map::State::Data].into_iter().take(2 + part / 5) {
+            overlay.mark(0..1, state).unwrap();
+        }
+        let _ = folder.clone().full_after(0);
+        failed += u32::from(overlay.flush().is_err());
+    }
+    assert!(failed >= 3);
+    let usage = overlay.usage();
+    assert_eq!((usage.data_grains, usage.zero_grains), (1, 6 * 14_999));
+    let overlay = open(&folder.after_kill(), size).unwrap();
+    assert_eq!((overlay.usage().data_grains, overlay.usage().zero_grains), (1, 6 * 14_999));
+    overlay.flush().unwrap();
+}
+
+#[test]
 fn a_base_that_cannot_be_read_fails_the_write_that_needs_it_and_nothing_else() {
     let base = TestBase::new(SIZE);
     let folder = SimFolder::new(1);
