@@ -5,6 +5,17 @@ use std::time::{Duration, Instant};
 
 use crate::PATIENCE;
 
+/// What a guest says when its disk or its kernel is in trouble. Waiting for anything else ends at once with one of these.
+const TROUBLE: [&str; 7] = [
+    "DAMAGED",
+    "write failed",
+    "LIFEBOAT-GUEST: stopped",
+    "LIFEBOAT-GUEST: no root file system",
+    "LIFEBOAT-GUEST: the root file system",
+    "LIFEBOAT-GUEST: cannot",
+    "Kernel panic",
+];
+
 /// Follows a console file from a place on.
 #[derive(Debug)]
 pub struct Console {
@@ -23,7 +34,9 @@ impl Console {
         String::from_utf8_lossy(&std::fs::read(&self.path).unwrap_or_default()).replace('\r', "")
     }
 
-    /// Waits for a line that contains `needle`, after those found before, and returns it.
+    /// Waits for a line that contains `needle`, after those found before, and returns it. A guest in trouble is not waited
+    /// for, unless the trouble is what is wanted.
+    #[track_caller]
     pub fn wait_for(&mut self, needle: &str) -> String {
         let since = Instant::now();
         loop {
@@ -35,6 +48,8 @@ impl Console {
                     self.seen = at;
                     return line.trim_end().to_owned();
                 }
+                let trouble = TROUBLE.iter().any(|words| line.ends_with('\n') && line.contains(words));
+                assert!(!trouble, "{}: waiting for {needle:?}, the guest says:\n{line}", self.path.display());
             }
             let tail: Vec<&str> = text.lines().rev().take(25).collect();
             let tail: Vec<&str> = tail.into_iter().rev().collect();
@@ -48,6 +63,13 @@ impl Console {
         }
     }
 
+    /// Waits for a line `LIFEBOAT-GUEST: WORDN`, and returns N: `next_number("seq ")`, `next_number("log ok last=")`.
+    #[track_caller]
+    pub fn next_number(&mut self, word: &str) -> u64 {
+        let line = self.wait_for(&format!("LIFEBOAT-GUEST: {word}"));
+        number_after(&line, word).unwrap_or_else(|| panic!("no number after {word:?} in {line:?}"))
+    }
+
     /// The number after `word` in the last line that has it.
     pub fn last_number(&self, word: &str) -> Option<u64> {
         self.text().lines().rev().find_map(|line| number_after(line, word))
@@ -59,4 +81,52 @@ pub fn number_after(line: &str, word: &str) -> Option<u64> {
     let rest = line.split_once(word)?.1.trim_start();
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+
+    use super::*;
+
+    fn console(text: &str) -> (tempfile::TempDir, Console) {
+        let dir = tempfile::tempdir().expect("a folder can be made");
+        let path = dir.path().join("console");
+        fs::write(&path, text).expect("the file can be written");
+        (dir, Console::new(path))
+    }
+
+    #[test]
+    fn lines_are_found_in_order_and_once() {
+        let (_dir, mut console) = console("LIFEBOAT-GUEST: seq 1\r\nnoise\r\nLIFEBOAT-GUEST: seq 2\r\n");
+        assert_eq!(console.next_number("seq "), 1);
+        assert_eq!(console.next_number("seq "), 2);
+        assert_eq!(console.last_number("seq "), Some(2));
+    }
+
+    #[test]
+    fn half_a_line_waits_for_its_other_half() {
+        let (_dir, mut console) = console("LIFEBOAT-GUEST: seq 1");
+        let path = console.path.clone();
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            let file = fs::OpenOptions::new().append(true).open(path);
+            file.and_then(|mut file| file.write_all(b"2\r\n"))
+        });
+        assert_eq!(console.next_number("seq "), 12);
+        writer.join().expect("no panic").expect("the file can be written");
+    }
+
+    #[test]
+    #[should_panic(expected = "log DAMAGED record 3")]
+    fn damage_ends_a_wait_for_something_else() {
+        console("LIFEBOAT-GUEST: log DAMAGED record 3\n").1.wait_for("log ok");
+    }
+
+    #[test]
+    fn damage_can_be_waited_for() {
+        let (_dir, mut console) = console("a\nLIFEBOAT-GUEST: log DAMAGED record 3\n");
+        assert!(console.wait_for("DAMAGED").ends_with("record 3"));
+    }
 }

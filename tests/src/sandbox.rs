@@ -1,14 +1,18 @@
 //! A repository and a state folder of a test's own, and the real program run on them.
 
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
+use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{PATIENCE, wait_until};
+
+/// Lifeboat needs the rest of a socket's path below its state folder.
+const PARENT_LEN_MAX: usize = 24;
 
 /// A place of a test's own. Dropped, it ends every process that was started in it.
 #[derive(Debug)]
@@ -34,9 +38,13 @@ impl Default for Sandbox {
 }
 
 impl Sandbox {
-    /// An empty place with a short path.
+    /// An empty place with a short path: the path of a socket has room for 107 bytes.
     pub fn new() -> Sandbox {
-        let dir = tempfile::Builder::new().prefix("lb-").tempdir();
+        let mut parent = std::env::temp_dir();
+        if parent.as_os_str().len() > PARENT_LEN_MAX {
+            parent = PathBuf::from("/tmp");
+        }
+        let dir = tempfile::Builder::new().prefix("lb-").tempdir_in(parent);
         Sandbox { dir: dir.unwrap_or_else(|error| panic!("no temporary folder: {error}")) }
     }
 
@@ -135,6 +143,22 @@ impl Sandbox {
         text.strip_prefix("process ")?.split_whitespace().next()?.parse().ok()
     }
 
+    /// Every process but this one that was started for this place, by its path in their arguments or variables. Machines
+    /// that Lifeboat detached are among them.
+    pub fn processes(&self) -> Vec<u32> {
+        let place = self.dir.path().as_os_str().as_encoded_bytes();
+        let names_it = |pid: u32, file: &str| {
+            let text = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            text.windows(place.len()).any(|part| part == place)
+        };
+        std::fs::read_dir("/proc")
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|pid| *pid != std::process::id() && (names_it(*pid, "cmdline") || names_it(*pid, "environ")))
+            .collect()
+    }
+
     /// `kill -9` of the process that owns the state folder; returns when it is dead.
     pub fn kill_owner(&self) {
         let pid = self.owner().unwrap_or_else(|| panic!("nobody owns the state folder"));
@@ -170,7 +194,7 @@ fn both(output: &Output) -> String {
 }
 
 /// SIGKILL. One that is gone already is as dead.
-pub(crate) fn kill(pid: u32) {
+pub fn kill(pid: u32) {
     let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
 }
 
@@ -182,23 +206,14 @@ fn is_alive(pid: u32) -> bool {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        if let Some(pid) = self.owner().filter(|pid| is_lifeboat(*pid)) {
-            kill(pid);
-        }
-        let recoveries = std::fs::read_dir(self.path("state/recoveries")).into_iter().flatten().flatten();
-        for recovery in recoveries {
-            let pid = std::fs::read_to_string(recovery.path().join("qemu.pid"));
-            if let Some(pid) = pid.ok().and_then(|pid| pid.trim().parse().ok()) {
+        // Twice: what was killed first may have been about to start another.
+        for _ in 0..2 {
+            for pid in self.processes() {
                 kill(pid);
             }
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
-}
-
-/// The lock of a dead owner may name a process that is somebody else's by now.
-fn is_lifeboat(pid: u32) -> bool {
-    std::fs::read_link(format!("/proc/{pid}/exe"))
-        .is_ok_and(|exe| exe.file_name().is_some_and(|name| Path::new(name).starts_with("lifeboat")))
 }
 
 /// A program at work, killed when dropped.
@@ -241,5 +256,25 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_was_started_survives_the_sandbox() {
+        let sandbox = Sandbox::new();
+        let path = sandbox.path("");
+        // Detached as a machine is: its parent has ended, its session is its own, only a variable names the place.
+        let script = "setsid sleep 300 >/dev/null 2>&1 & echo $!";
+        let output = Command::new("sh").args(["-c", script]).env("LIFEBOAT_STATE", sandbox.path("state")).output();
+        let output = output.expect("there is a shell");
+        let pid: u32 = String::from_utf8_lossy(&output.stdout).trim().parse().expect("the shell prints a number");
+        wait_until("the sleeper runs", || sandbox.processes().contains(&pid));
+        drop(sandbox);
+        assert!(!path.exists());
+        wait_until("the sleeper is gone", || !is_alive(pid));
     }
 }
