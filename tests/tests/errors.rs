@@ -377,8 +377,9 @@ fn points_that_are_unknown_or_ambiguous_are_told_apart() {
 fn one_state_folder_has_one_service_and_everybody_else_speaks_with_it() {
     let sandbox = with_point();
     let mut service = sandbox.start(&["serve"]);
-    sandbox.ok(&["points"]);
+    // A command that came before the service had the folder would own it for a moment, and the service would refuse.
     lifeboat_tests::wait_until("the service owns the state folder", || sandbox.path("state/lifeboat.sock").exists());
+    sandbox.ok(&["points"]);
     let complaint = sandbox.fails(5, &["serve"]);
     assert!(complaint.contains("in use by process"), "{complaint}");
     sandbox.ok(&["backup", "web01", &sandbox.name("disk.raw")]);
