@@ -9,6 +9,7 @@ mkdir -p "$target"
 log=$(mktemp "$target/tests.XXXXXX")
 trap 'rm -f "$log"' EXIT
 
+export LIFEBOAT_GUESTS=${LIFEBOAT_GUESTS:-$target/guests}
 # Guests run under emulation: where /dev/kvm exists it may still be unable to run one. The programs under test are
 # built by the same selection as the tests, so nothing is compiled twice.
 export LIFEBOAT_ACCEL=${LIFEBOAT_ACCEL:-tcg}
