@@ -67,10 +67,8 @@ fn an_unchanged_disk_of_three_gib_costs_nothing_and_a_changed_one_its_changes() 
     let cost = stored(&sandbox) - before;
     assert!(cost < limit, "{changed} changed chunks cost {cost} bytes, more than {limit}");
 
-    for (point, expected) in [("web01", &path)] {
-        sandbox.ok(&["restore", point, "--to", &sandbox.name("out.raw")]);
-        assert_same_bytes(&sandbox.path("out.raw"), expected);
-    }
+    sandbox.ok(&["restore", "web01", "--to", &sandbox.name("out.raw")]);
+    assert_same_bytes(&sandbox.path("out.raw"), &path);
     assert!(
         fs::metadata(sandbox.path("out.raw")).unwrap().blocks() * 512 < GIB + 200 * MIB,
         "holes were restored as data"
