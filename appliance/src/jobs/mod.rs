@@ -1,5 +1,5 @@
 //! Long work: a job has a progress that can be followed, can be cancelled, and ends with a result or a problem.
-//! Jobs live in memory; ended ones are listed until [`KEPT_ENDED`] newer ones have ended.
+//! Jobs live in memory; ended ones are listed until a hundred newer ones have ended.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,5 +1,5 @@
 //! Recoveries: running uses of a recovery point. [`state`] is the pure core, [`journal`] its durable record,
-//! [`one`] drives a single recovery, [`manager`] knows them all.
+//! `one` drives a single recovery, [`manager`] knows them all.
 
 pub mod firmware;
 pub mod journal;
