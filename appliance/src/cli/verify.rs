@@ -22,9 +22,9 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
             }
         }
         render::line(&format!(
-            "checked {} recovery points and {} chunks{} in {:.1} s",
-            result.points,
-            result.chunks,
+            "checked {} and {}{} in {:.1} s",
+            render::count(result.points, "recovery point"),
+            render::count(result.chunks, "chunk"),
             if args.read_data { format!(", read {}", render::bytes(result.bytes_read)) } else { String::new() },
             result.seconds
         ));
@@ -35,6 +35,9 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
         }
         return Ok(());
     }
-    Err(Problem::new(Kind::Damage, format!("{} objects of the repository are damaged", result.damaged.len()))
-        .hint("recovery points that are not named still restore; back up the named machines again"))
+    Err(Problem::new(
+        Kind::Damage,
+        format!("damage in {} of the repository", render::count(result.damaged.len() as u64, "object")),
+    )
+    .hint("recovery points that are not named still restore; back up the named machines again"))
 }

@@ -428,7 +428,9 @@ impl Machine for Qemu {
 
     fn accelerator(&self) -> String {
         let name = if self.acceleration.kvm { "kvm" } else { "tcg" };
-        format!("{name} ({})", self.acceleration.reason)
+        // QEMU's own words can be many; its first sentence says it.
+        let why = self.acceleration.reason.split([';', '\n']).next().unwrap_or_default();
+        format!("{name} ({why})")
     }
 
     fn status(&self) -> Pending<'_, Result<Status, MachineError>> {
