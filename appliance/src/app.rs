@@ -1,5 +1,6 @@
 //! One process's hold on a repository and a state folder: what every operation of the API works on.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,9 +16,6 @@ use crate::publish::Exports;
 use crate::recovery::Recoveries;
 use crate::state_dir::{Ownership, StateDir};
 
-/// Memory for decoded chunks, shared by all disks that are served.
-pub const CACHE_BYTES: u64 = 512 << 20;
-
 /// What a process opens.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -31,6 +29,8 @@ pub struct Options {
     pub passphrase: Option<String>,
     /// A key file.
     pub key_file: Option<PathBuf>,
+    /// Memory in bytes for decoded chunks, shared by all disks that are served.
+    pub cache: u64,
 }
 
 impl Options {
@@ -116,7 +116,7 @@ impl App {
     pub fn open(options: &Options, command: &str) -> Result<Arc<App>, Problem> {
         let location = options.repository_path()?;
         let secret = options.secret()?;
-        let repository = Repository::open(storage(&location), secret.as_ref(), CACHE_BYTES)
+        let repository = Repository::open(storage(&location), secret.as_ref(), options.cache)
             .map_err(|error| Problem::from_open(&location, &error))?;
         let state = StateDir::new(options.state.clone());
         let ownership = state.own(command)?;
@@ -143,7 +143,9 @@ impl App {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            UnixListener::bind(&socket)
+            let listener = UnixListener::bind(&socket)?;
+            std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
+            Ok(listener)
         };
         let listener =
             bind().map_err(|error| Problem::failed(format!("cannot listen on {}", socket.display()), &error))?;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[derive(Debug, Default)]
 pub struct Progress {
     total: AtomicU64,
+    expected: AtomicU64,
     done: AtomicU64,
     read: AtomicU64,
     new_chunks: AtomicU64,
@@ -32,11 +33,20 @@ impl Progress {
         Progress::default()
     }
 
-    counter!(
-        /// Bytes (of the disks, holes included) that are to be gone through, as far as known.
-        total,
-        add_total
-    );
+    /// Bytes (of the disks, holes included) that are to be gone through, as far as known.
+    pub fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed).max(self.expected.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn add_total(&self, count: u64) {
+        self.total.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Says beforehand how many bytes several operations will go through together, each of which knows its own only.
+    pub fn expect(&self, total: u64) {
+        self.expected.fetch_max(total, Ordering::Relaxed);
+    }
+
     counter!(
         /// How many of them are.
         done,

@@ -102,6 +102,7 @@ pub fn back_up(
     for spec in &request.sources {
         sources.push((&spec.disk, source::open(spec, request.format.as_deref())?));
     }
+    progress.expect(sources.iter().fold(0, |sum, (_, source)| sum.saturating_add(source.size())));
     let failed = |error: &blockstore::BackupError| Problem::from_backup(&request.machine, error);
     let mut backup =
         repository.begin_backup(&request.machine, parent, progress.clone()).map_err(|error| failed(&error))?;

@@ -38,6 +38,9 @@ pub struct Global {
     /// The repository's key file, used instead of a passphrase; `init` makes it
     #[arg(long, global = true, env = "LIFEBOAT_KEY_FILE", value_name = "FILE", conflicts_with = "passphrase_file")]
     pub key_file: Option<PathBuf>,
+    /// Memory for chunks that are served again and again, shared by all disks
+    #[arg(long, global = true, env = "LIFEBOAT_CACHE", default_value = "512M", value_name = "SIZE", value_parser = parse_size)]
+    pub cache: u64,
     /// Answer in JSON
     #[arg(long, global = true)]
     pub json: bool,
@@ -58,6 +61,7 @@ impl Global {
             passphrase_file: self.passphrase_file.clone(),
             passphrase: std::env::var("LIFEBOAT_PASSPHRASE").ok(),
             key_file: self.key_file.clone(),
+            cache: self.cache,
         })
     }
 }

@@ -197,6 +197,7 @@ async fn start_service(global: &Global, state: &StateDir) -> Result<(), Problem>
     let log_start = log.metadata().map_err(|error| cannot(&error))?.len();
     let mut command = std::process::Command::new(program);
     command.arg("serve").arg("--background").arg("--state").arg(state.root());
+    command.arg("--cache").arg(global.cache.to_string());
     if let Some(repo) = &global.repo {
         command.arg("--repo").arg(repo);
     }

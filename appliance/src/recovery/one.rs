@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use blockstore::disk::LocalFolder;
 use blockstore::overlay::{Overlay, OverlayIdentity};
 use blockstore::{RecoveryPoint, Repository};
-use hypervisor::{Hypervisor, Machine, QemuHypervisor};
+use hypervisor::{Hypervisor, Machine, QemuHypervisor, Status};
 use nbd_server::{ExportName, ExportTable, Limits, Listen, Server};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
@@ -31,6 +31,8 @@ const CONSOLE_PATIENCE: Duration = Duration::from_secs(600);
 const QUIT_GRACE: Duration = Duration::from_secs(5);
 /// How often a running VM and the overlay's file system are looked at.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// A guest whose disk goes on failing is let go on this seldom at the most.
+const RESUME_INTERVAL_MAX: Duration = Duration::from_secs(15);
 /// Free bytes that let a guest stopped by a full file system go on.
 const ROOM_TO_RESUME: u64 = 64 << 20;
 /// Free bytes below which the operator is warned.
@@ -576,8 +578,9 @@ pub fn export_name(disk: &str) -> Result<ExportName, Problem> {
 }
 
 async fn watch_vm(recovery: Arc<Recovery>, vm: Arc<dyn Machine>) {
+    let mut pause = WATCH_INTERVAL;
     loop {
-        let exited = tokio::time::timeout(WATCH_INTERVAL, vm.wait_exit()).await.is_ok();
+        let exited = tokio::time::timeout(pause, vm.wait_exit()).await.is_ok();
         if exited {
             tracing::info!(recovery = %recovery.definition.name, "the VM has ended");
             recovery.show(|shown| {
@@ -587,13 +590,19 @@ async fn watch_vm(recovery: Arc<Recovery>, vm: Arc<dyn Machine>) {
             return;
         }
         let Ok(status) = vm.status().await else { continue };
-        let stopped_by_disk = status.to_string() == "io-error";
+        let stopped = status == Status::IoError;
         recovery.show(|shown| shown.vm = Some(status.to_string()));
-        if stopped_by_disk && free_bytes(&recovery.dir).is_some_and(|free| free > ROOM_TO_RESUME) {
-            tracing::warn!(recovery = %recovery.definition.name, "the VM stopped on a disk error; there is room, it goes on");
+        if !stopped {
+            pause = WATCH_INTERVAL;
+        } else if free_bytes(&recovery.dir).is_some_and(|free| free > ROOM_TO_RESUME) {
+            if pause == WATCH_INTERVAL {
+                tracing::warn!(recovery = %recovery.definition.name, "the VM waits on a disk error; trying to let it go on");
+            }
             if let Err(error) = vm.resume().await {
                 tracing::error!(recovery = %recovery.definition.name, error = %crate::problem::chain(&error), "it does not");
             }
+            // The request that failed is repeated and may fail again: not too often.
+            pause = (pause * 2).min(RESUME_INTERVAL_MAX);
         }
     }
 }
