@@ -1,0 +1,184 @@
+# Serving over NBD: fio's nbd engine on one connection over a Unix socket, against Lifeboat and other servers of the same
+# image. Rounds are interleaved, so that a busy moment of the machine falls on all. Sourced by bench.sh.
+
+readonly WARM=$((256 * 1024 * 1024)) # less than the chunk cache of 512 MiB
+
+# The tests of a group, and the options of fio for each.
+fio_options() {
+    case $1 in
+        randread-1) echo '--rw=randread --bs=4k --iodepth=1' ;;
+        randread-32 | cold-32) echo '--rw=randread --bs=4k --iodepth=32' ;;
+        cold-1) echo '--rw=randread --bs=4k --iodepth=1' ;;
+        seqread-8) echo '--rw=read --bs=256k --iodepth=8' ;;
+        randwrite-32 | rewrite-32) echo '--rw=randwrite --bs=4k --iodepth=32' ;;
+        randwrite-32-fsync | rewrite-32-fsync) echo '--rw=randwrite --bs=4k --iodepth=32 --fsync=32' ;;
+    esac
+}
+
+test_title() {
+    case $1 in
+        randread-1) echo 'warm 4 KiB random read, QD 1' ;;
+        randread-32) echo 'warm 4 KiB random read, QD 32' ;;
+        seqread-8) echo 'warm 256 KiB sequential read, QD 8' ;;
+        randwrite-32) echo '4 KiB random write, QD 32' ;;
+        randwrite-32-fsync) echo '4 KiB random write, QD 32, fsync every 32' ;;
+        rewrite-32) echo '4 KiB random rewrite, QD 32' ;;
+        rewrite-32-fsync) echo '4 KiB random rewrite, QD 32, fsync every 32' ;;
+        cold-1) echo 'cold 4 KiB random read, QD 1' ;;
+        cold-32) echo 'cold 4 KiB random read, QD 32' ;;
+    esac
+}
+
+# Starts a server of its own: sets pid and uri, or fails where this machine cannot run it.
+start_server() {
+    local socket=$sockets/nbd.$RANDOM$RANDOM tries
+    uri="nbd+unix:///?socket=$socket"
+    case $1 in
+        lifeboat) start_export "$place/nbd-state.$RANDOM$RANDOM" vm; return ;;
+        'nbdkit file') nbdkit -f -U "$socket" file "$image" & ;;
+        'nbdkit null') nbdkit -f -U "$socket" null "$size" & ;;
+        'nbdkit cow') nbdkit -f -U "$socket" --filter=cow file "$image" & ;;
+        'qemu-nbd raw, threads') qemu-nbd -t -e 8 -k "$socket" -f raw -r --aio=threads "$image" & ;;
+        'qemu-nbd raw, io_uring') qemu-nbd -t -e 8 -k "$socket" -f raw -r --aio=io_uring "$image" & ;;
+        'qemu-nbd qcow2 overlay')
+            rm -f "$place/overlay.qcow2"
+            qemu-img create -q -f qcow2 -b "$image" -F raw "$place/overlay.qcow2"
+            qemu-nbd -t -e 8 -k "$socket" -f qcow2 "$place/overlay.qcow2" & ;;
+        'qemu-nbd zstd qcow2') qemu-nbd -t -e 8 -k "$socket" -f qcow2 -r "$compressed" & ;;
+    esac 2>>"$place/servers.log"
+    pid=$!
+    started+=("$pid")
+    for tries in $(seq 200); do
+        if [ -S "$socket" ] && nbdinfo --size "$uri" >/dev/null 2>&1; then return 0; fi
+        kill -0 "$pid" 2>/dev/null || break
+        sleep 0.02
+    done
+    skip "$1: it does not serve here ($(tail -n 1 "$place/servers.log"))"
+    return 1
+}
+
+# Hundredths of a second of processor time that a process has used.
+processor_ticks() { awk '{ sub(/^.*\) /, ""); print $12 + $13 }' "/proc/$1/stat"; }
+
+# run_fio KEY PID URI TEST SEED OPTIONS...
+run_fio() {
+    local key=$1 server=$2 at=$3 test=$4 seed=$5 before after side=read total
+    shift 5
+    before=$(processor_ticks "$server")
+    # shellcheck disable=SC2046 # a list of options
+    if ! fio --name=bench --ioengine=nbd --uri="$at" --output-format=json --output="$place/fio.json" --norandommap \
+        --randseed="$seed" --time_based --runtime="$seconds" $(fio_options "$test") "$@" >"$place/fio.log" 2>&1; then
+        skip "$key: fio failed: $(tail -n 1 "$place/fio.log")"
+        return 0
+    fi
+    after=$(processor_ticks "$server")
+    [[ $test != *write* ]] || side=write
+    total=$(jq ".jobs[0].$side.total_ios" "$place/fio.json")
+    note "$key.iops" "$(jq ".jobs[0].$side.iops" "$place/fio.json")"
+    note "$key.rate" "$(jq ".jobs[0].$side.bw_bytes / 1e6" "$place/fio.json")"
+    note "$key.p50" "$(jq ".jobs[0].$side.clat_ns.percentile[\"50.000000\"] / 1000" "$place/fio.json")"
+    note "$key.p99" "$(jq ".jobs[0].$side.clat_ns.percentile[\"99.000000\"] / 1000" "$place/fio.json")"
+    note "$key.processor" "$(calculate "($after - $before) / $(getconf CLK_TCK) * 1e6 / ($total ? $total : 1)")"
+}
+
+# The same servers, one after another, over and over; they keep running, and idle servers cost nothing.
+measure_warm_reads() {
+    local round name test seed=0 names=()
+    local -A pids uris
+    for name in lifeboat 'nbdkit file' 'nbdkit null' 'qemu-nbd raw, threads' 'qemu-nbd raw, io_uring'; do
+        start_server "$name" || continue
+        names+=("$name"); pids[$name]=$pid; uris[$name]=$uri
+        # Twice, so that a cache that wants to see something again before it keeps it has seen it again.
+        fio --name=warm --ioengine=nbd --uri="$uri" --rw=read --bs=256k --iodepth=8 --offset="$warm_from" \
+            --size="$WARM" --loops=2 >/dev/null
+    done
+    for test in randread-1 randread-32 seqread-8; do
+        for round in $(seq "$rounds"); do
+            say "nbd: $(test_title "$test"), round $round of $rounds"
+            seed=$((seed + 1))
+            for name in "${names[@]}"; do
+                run_fio "$test.${name// /_}" "${pids[$name]}" "${uris[$name]}" "$test" "$seed" \
+                    --offset="$warm_from" --size="$WARM"
+            done
+        done
+    done
+    for name in "${names[@]}"; do stop "${pids[$name]}"; done
+}
+
+# A server of its own for each run: what one has written, or read, does not help or hinder the next. What is to be
+# rewritten is written before.
+measure_fresh() {
+    local test=$1 from=$2 length=$3 round name
+    shift 3
+    for round in $(seq "$rounds"); do
+        say "nbd: $(test_title "$test"), round $round of $rounds"
+        for name in "$@"; do
+            start_server "$name" || continue
+            if [[ $test == rewrite-* ]]; then
+                fio --name=fill --ioengine=nbd --uri="$uri" --rw=write --bs=256k --iodepth=8 --offset="$from" \
+                    --size="$length" --end_fsync=1 >/dev/null
+            fi
+            run_fio "$test.${name// /_}" "$pid" "$uri" "$test" "$round" --offset="$from" --size="$length"
+            stop "$pid"
+        done
+    done
+}
+
+measure_nbd() {
+    local test from length warm_from
+    make_images
+    make_compressed
+    cat "$image" "$compressed" >/dev/null
+    if ! have nbdkit; then skip 'nbdkit: it is not installed'; fi
+    new_repository nbd
+    say "nbd: backing the image up"
+    "$lifeboat" backup vm "disk0=$image" >/dev/null
+    # Where the image has data, past the first tables of inodes.
+    warm_from=$((size / 4 / BLOCK * BLOCK))
+    measure_warm_reads
+    # Most of the image: several times the chunk cache, if the image has its usual size, and so large that a fresh
+    # overlay has to find room for nearly every write.
+    from=$((size / 20 / BLOCK * BLOCK))
+    length=$((size / 4 * 3))
+    for test in cold-1 cold-32; do
+        measure_fresh "$test" "$from" "$length" lifeboat 'qemu-nbd zstd qcow2'
+    done
+    for test in randwrite-32 randwrite-32-fsync; do
+        measure_fresh "$test" "$from" "$length" lifeboat 'nbdkit cow' 'qemu-nbd qcow2 overlay'
+    done
+    for test in rewrite-32 rewrite-32-fsync; do
+        measure_fresh "$test" "$warm_from" "$WARM" lifeboat 'nbdkit cow' 'qemu-nbd qcow2 overlay'
+    done
+    rm -rf "$place/overlay.qcow2"
+}
+
+report_nbd() {
+    local test name key rate ours unit
+    printf '\n## NBD: fio, one connection over a Unix socket, %s s a run\n\n' "$seconds"
+    {
+        printf 'test\tserver\trate\tp50 us\tp99 us\tserver CPU us/op\tLifeboat is faster by\n'
+        for test in randread-1 randread-32 seqread-8 cold-1 cold-32 randwrite-32 randwrite-32-fsync rewrite-32 rewrite-32-fsync; do
+            unit='IOPS'; rate=iops
+            if [ "$test" = seqread-8 ]; then unit='MB/s'; rate=rate; fi
+            ours=$(median "$test.lifeboat.$rate")
+            for name in lifeboat 'nbdkit file' 'nbdkit null' 'nbdkit cow' 'qemu-nbd raw, threads' 'qemu-nbd raw, io_uring' \
+                'qemu-nbd qcow2 overlay' 'qemu-nbd zstd qcow2'; do
+                key=$test.${name// /_}
+                [ -n "$(median "$key.$rate")" ] || continue
+                printf '%s\t%s\t%s %s\t%s\t%s\t%s\t%s\n' "$(test_title "$test")" "$name" "$(shown "$key.$rate" %.0f)" "$unit" \
+                    "$(shown "$key.p50" %.0f)" "$(shown "$key.p99" %.0f)" "$(shown "$key.processor" %.1f)" \
+                    "$([ "$name" = lifeboat ] || [ -z "$ours" ] || calculate "$ours / $(median "$key.$rate")" %.2fx)"
+            done
+        done
+    } | table
+    printf '\nWrites go to a fresh overlay, rewrites to where it has been written before. nbdkit cow answers a flush without\n'
+    printf 'making anything durable: what it is asked to keep is lost with it.\n'
+    promise 'warm 4 KiB random read, QD 32, beside nbdkit file' '>= 1.0x' faster 1 randread-32.lifeboat.iops randread-32.nbdkit_file.iops
+    promise 'warm 4 KiB random read, QD 32, beside nbdkit null' '>= 0.9x' faster 0.9 randread-32.lifeboat.iops randread-32.nbdkit_null.iops
+    promise 'warm 256 KiB sequential read, beside nbdkit file' '>= 1.0x' faster 1 seqread-8.lifeboat.rate seqread-8.nbdkit_file.rate ' MB/s'
+    promise 'cold 4 KiB random read, QD 32, beside zstd qcow2' '>= 2x' faster 2 cold-32.lifeboat.iops cold-32.qemu-nbd_zstd_qcow2.iops
+    for test in randwrite-32 randwrite-32-fsync rewrite-32 rewrite-32-fsync; do
+        promise "$(test_title "$test"), beside qcow2 overlay" '>= 3x' faster 3 "$test.lifeboat.iops" "$test.qemu-nbd_qcow2_overlay.iops"
+        promise "$(test_title "$test"), beside nbdkit cow" '>= 2x' faster 2 "$test.lifeboat.iops" "$test.nbdkit_cow.iops"
+    done
+}
