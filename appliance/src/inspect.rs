@@ -45,7 +45,7 @@ pub struct DiskDetail {
 
 /// Reads what is to be shown of `summary`'s point.
 pub fn point(repository: &Repository, summary: &PointSummary) -> Result<PointDetail, Problem> {
-    let point = crate::recovery::one::load_point(repository, &summary.id)?;
+    let point = crate::disks::load_point(repository, &summary.id)?;
     let mut disks_detail = Vec::with_capacity(point.disks.len());
     for disk in &point.disks {
         let failed = |error: &blockstore::error::ReadError| {

@@ -6,9 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use blockstore::base::Base;
-use blockstore::disk::LocalFolder;
-use blockstore::overlay::{Overlay, OverlayIdentity};
 use blockstore::{RecoveryPoint, Repository};
 use nbd_server::{ExportTable, Limits, Listen, Server};
 use serde::{Deserialize, Serialize};
@@ -16,10 +13,10 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::catalog::PointSummary;
+use crate::disks::{self, OpenOverlay};
 use crate::exports::{BaseExport, FirstRead, OverlayExport};
 use crate::problem::Problem;
-use crate::recovery::one::{export_name, load_point};
-use crate::state_dir::{StateDir, create_private_dir};
+use crate::state_dir::StateDir;
 
 /// What to serve, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,12 +105,12 @@ impl Exports {
             (Some(folder), false) => Some(folder.clone()),
             (None, false) => Some(scratch.0.clone()),
         };
-        let disks = chosen(point, request.disk.as_deref())?;
+        let chosen = chosen(point, request.disk.as_deref())?;
         let table = Arc::new(ExportTable::new());
         let (filled, reading, id_of_point) = (table.clone(), repository.clone(), point.id.clone());
-        let names = disks.clone();
+        let names = chosen.clone();
         tokio::task::spawn_blocking(move || {
-            let point = load_point(&reading, &id_of_point)?;
+            let point = disks::load_point(&reading, &id_of_point)?;
             names.iter().try_for_each(|disk| add(&reading, &point, disk, overlay.as_deref(), &filled))
         })
         .await
@@ -121,8 +118,8 @@ impl Exports {
         let listener =
             Server::new(table, Limits::default()).bind(&listen).await.map_err(|error| Problem::from_listen(&error))?;
         let mut served = Vec::new();
-        for disk in point.disks.iter().filter(|disk| disks.contains(&disk.name)) {
-            let uri = listener.uri(&export_name(&disk.name)?);
+        for disk in point.disks.iter().filter(|disk| chosen.contains(&disk.name)) {
+            let uri = listener.uri(&disks::export_name(&disk.name)?);
             served.push(Served { disk: disk.name.clone(), uri, size: disk.size });
         }
         let (stop, stopped) = oneshot::channel();
@@ -206,34 +203,15 @@ fn add(
     table: &ExportTable,
 ) -> Result<(), Problem> {
     let description = format!("{disk} of {}", point.machine);
-    let base = repository
-        .open_disk(point, disk)
-        .map_err(|error| Problem::from_read(&format!("cannot open disk {description}"), &error))?;
-    let name = export_name(disk)?;
+    let base = disks::open(repository, point, disk)?;
+    let name = disks::export_name(disk)?;
     let added = match overlay {
         None => table.add(name, Arc::new(BaseExport { base, description })),
         Some(dir) => {
-            let overlay = open_overlay(dir, point, disk, base)?;
+            let overlay = Arc::new(disks::open_overlay(dir, point, disk, base, OpenOverlay::Any)?);
             let first_read = FirstRead::since(Instant::now());
-            table.add(name, Arc::new(OverlayExport { overlay: Arc::new(overlay), description, first_read }))
+            table.add(name, Arc::new(OverlayExport { overlay, description, first_read }))
         }
     };
     added.map_err(|error| Problem::failed(format!("cannot export disk {disk}"), &error))
-}
-
-/// Opens the overlay of `disk` in folder `dir`, or makes it if it is not there.
-fn open_overlay(dir: &Path, point: &RecoveryPoint, disk: &str, base: Arc<dyn Base>) -> Result<Overlay, Problem> {
-    let cannot = |error: &std::io::Error| Problem::failed(format!("cannot make folder {}", dir.display()), error);
-    create_private_dir(dir).map_err(|error| cannot(&error))?;
-    let identity = OverlayIdentity { point: *point.id.as_bytes(), disk: disk.to_owned(), size: base.size() };
-    let folder = Arc::new(LocalFolder::new(dir));
-    let at = Path::new(disk);
-    let opened = if dir.join(disk).join("journal").exists() {
-        Overlay::open(folder, at, identity, base)
-    } else {
-        Overlay::create(folder, at, identity, base)
-    };
-    opened.map_err(|error| {
-        Problem::from_overlay(&format!("cannot open the overlay of disk {disk} in {}", dir.display()), &error)
-    })
 }

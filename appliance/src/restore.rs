@@ -156,7 +156,7 @@ pub fn restore(
     progress: &Arc<Progress>,
 ) -> Result<RestoreResult, Problem> {
     let started = Instant::now();
-    let loaded = crate::recovery::one::load_point(repository, &point.id)?;
+    let loaded = crate::disks::load_point(repository, &point.id)?;
     progress.expect(plan.steps.iter().fold(0, |sum, step| sum.saturating_add(step.size)));
     let mut disks = Vec::with_capacity(plan.steps.len());
     for step in &plan.steps {

@@ -112,7 +112,7 @@ async fn back_up(State(app): Shared, Body(request): Body<BackupRequest>) -> Resu
     let (jobs, subject) = (app.jobs.clone(), format!("machine {}", request.machine));
     let job = jobs.start("backup", subject, move |progress| {
         let newest = app.points()?.into_iter().rfind(|point| point.machine == request.machine);
-        let parent = newest.map(|point| crate::recovery::one::load_point(&app.repository, &point.id)).transpose()?;
+        let parent = newest.map(|point| crate::disks::load_point(&app.repository, &point.id)).transpose()?;
         let result = capture::back_up(&app.repository, parent.as_ref(), &request, progress)?;
         to_value(&result)
     });

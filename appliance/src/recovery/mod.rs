@@ -5,8 +5,9 @@ pub mod firmware;
 pub mod journal;
 mod machine;
 pub mod manager;
-pub(crate) mod one;
+mod one;
 pub mod state;
+mod watch;
 
 use serde::{Deserialize, Serialize};
 

@@ -6,37 +6,25 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use blockstore::disk::LocalFolder;
-use blockstore::overlay::{Overlay, OverlayIdentity};
-use blockstore::{RecoveryPoint, Repository};
-use hypervisor::{Hypervisor, Machine, QemuHypervisor, Status};
-use nbd_server::{ExportName, ExportTable, Limits, Listen, Server};
+use blockstore::Repository;
+use blockstore::overlay::Overlay;
+use hypervisor::{Hypervisor, Machine, QemuHypervisor};
+use nbd_server::{ExportTable, Limits, Listen, Server};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::journal::Journal;
 use super::state::{Action, Event, State};
-use super::{DiskView, HypervisorKind, RecoverRequest, RecoveryView, Timings};
+use super::{DiskView, HypervisorKind, RecoverRequest, RecoveryView, Timings, watch};
 use crate::catalog::DiskSummary;
+use crate::disks::{self, OpenOverlay};
 use crate::exports::{FirstRead, OverlayExport};
 use crate::problem::{Kind, Problem};
 use crate::state_dir::StateDir;
 
-/// How often the console file is looked at while it is empty.
-const CONSOLE_POLL: Duration = Duration::from_millis(10);
-/// After this long an empty console is no longer waited for.
-const CONSOLE_PATIENCE: Duration = Duration::from_secs(600);
 /// How long QEMU may take to end by itself when a recovery is discarded.
 const QUIT_GRACE: Duration = Duration::from_secs(5);
-/// How often a running VM and the overlay's file system are looked at.
-const WATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// A guest whose disk goes on failing is let go on this seldom at the most.
-const RESUME_INTERVAL_MAX: Duration = Duration::from_secs(15);
-/// Free bytes that let a guest stopped by a full file system go on.
-const ROOM_TO_RESUME: u64 = 64 << 20;
-/// Free bytes below which the operator is warned.
-const ROOM_TO_WARN: u64 = 2 << 30;
 
 /// What all recoveries of a process share.
 #[derive(Debug)]
@@ -92,15 +80,15 @@ pub struct Recovery {
 }
 
 #[derive(Debug)]
-struct Shown {
+pub(super) struct Shown {
     state: State,
     problem: Option<String>,
     accelerator: Option<String>,
-    vm: Option<String>,
-    pid: Option<u32>,
+    pub(super) vm: Option<String>,
+    pub(super) pid: Option<u32>,
     uris: Vec<String>,
     overlays: Vec<Arc<Overlay>>,
-    timings: Timings,
+    pub(super) timings: Timings,
 }
 
 #[derive(Debug)]
@@ -211,7 +199,7 @@ impl Recovery {
     /// Publishes the disks and starts the VM. On failure the recovery has failed, and says why.
     pub async fn bring_up(self: &Arc<Self>) -> Result<(), Problem> {
         let mut driver = self.driver.lock().await;
-        if let Err(problem) = self.publish(&mut driver, Open::Create).await {
+        if let Err(problem) = self.publish(&mut driver, OpenOverlay::Create).await {
             return Err(self.fail(&mut driver, Event::PublishFailed, problem).await);
         }
         self.show(|shown| shown.timings.export_ms = Some(self.millis()));
@@ -225,7 +213,7 @@ impl Recovery {
         self.enter(&mut driver, Event::VmStarted, None)?;
         self.watch(&mut driver);
         if driver.vm.is_some() {
-            driver.watchers.push(tokio::spawn(watch_console(self.clone())));
+            driver.watchers.push(tokio::spawn(watch::console(self.clone())));
         }
         Ok(())
     }
@@ -236,7 +224,7 @@ impl Recovery {
         match driver.state {
             State::Running => {
                 if driver.serving.is_none() {
-                    self.publish(&mut driver, Open::Existing).await?;
+                    self.publish(&mut driver, OpenOverlay::Existing).await?;
                 }
                 self.adopt(&mut driver).await;
                 self.watch(&mut driver);
@@ -247,7 +235,7 @@ impl Recovery {
                     driver.vm.is_some()
                 };
                 if lives {
-                    self.publish(&mut driver, Open::Existing).await?;
+                    self.publish(&mut driver, OpenOverlay::Existing).await?;
                     self.enter(&mut driver, Event::VmStarted, None)?;
                     self.watch(&mut driver);
                 } else {
@@ -345,7 +333,7 @@ impl Recovery {
         problem
     }
 
-    async fn publish(&self, driver: &mut Driver, open: Open) -> Result<(), Problem> {
+    async fn publish(&self, driver: &mut Driver, open: OpenOverlay) -> Result<(), Problem> {
         let table = Arc::new(ExportTable::new());
         let (context, definition) = (self.context.clone(), self.definition.clone());
         let (dir, first_read) = (self.dir.clone(), self.first_read.clone());
@@ -362,7 +350,7 @@ impl Recovery {
             .map_err(|error| Problem::from_listen(&error))?;
         let mut uris = Vec::new();
         for disk in &self.definition.disks {
-            uris.push(listener.uri(&export_name(&disk.name)?));
+            uris.push(listener.uri(&disks::export_name(&disk.name)?));
         }
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(listener.serve(async move {
@@ -481,9 +469,9 @@ impl Recovery {
     fn watch(self: &Arc<Self>, driver: &mut Driver) {
         driver.stop_watchers();
         if let Some(vm) = &driver.vm {
-            driver.watchers.push(tokio::spawn(watch_vm(self.clone(), vm.clone())));
+            driver.watchers.push(tokio::spawn(watch::vm(self.clone(), vm.clone())));
         }
-        driver.watchers.push(tokio::spawn(watch_room(self.clone())));
+        driver.watchers.push(tokio::spawn(watch::room(self.clone())));
     }
 
     /// Where a socket of this recovery lies.
@@ -496,11 +484,18 @@ impl Recovery {
         &self.dir
     }
 
-    fn millis(&self) -> u64 {
+    /// Its name.
+    pub(super) fn name(&self) -> &str {
+        &self.definition.name
+    }
+
+    /// Since it was asked for.
+    pub(super) fn millis(&self) -> u64 {
         u64::try_from(self.asked.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    fn show(&self, change: impl FnOnce(&mut Shown)) {
+    /// Changes what the API shows.
+    pub(super) fn show(&self, change: impl FnOnce(&mut Shown)) {
         change(&mut self.lock());
     }
 
@@ -521,118 +516,28 @@ impl Driver {
     }
 }
 
-/// Whether overlays are new or taken up.
-#[derive(Debug, Clone, Copy)]
-enum Open {
-    Create,
-    Existing,
-}
-
 /// Opens every disk of a recovery and puts it into `table`.
 fn fill(
     repository: &Repository,
     definition: &Definition,
     dir: &Path,
-    open: Open,
+    open: OpenOverlay,
     first_read: &Arc<FirstRead>,
     table: &ExportTable,
 ) -> Result<Vec<Arc<Overlay>>, Problem> {
-    let point = load_point(repository, &definition.point)?;
+    let point = disks::load_point(repository, &definition.point)?;
     let mut overlays = Vec::new();
     for disk in &definition.disks {
+        let base = disks::open(repository, &point, &disk.name)?;
+        let overlay = Arc::new(disks::open_overlay(&dir.join("disks"), &point, &disk.name, base, open)?);
         let description = format!("{} of {} in recovery {}", disk.name, definition.machine, definition.name);
-        let base = repository
-            .open_disk(&point, &disk.name)
-            .map_err(|error| Problem::from_read(&format!("cannot open {description}"), &error))?;
-        let identity = OverlayIdentity { point: *point.id.as_bytes(), disk: disk.name.clone(), size: disk.size };
-        let (folder, at) = (Arc::new(LocalFolder::new(dir.join("disks"))), PathBuf::from(&disk.name));
-        let overlay = match open {
-            Open::Create => Overlay::create(folder, &at, identity, base),
-            Open::Existing => Overlay::open(folder, &at, identity, base),
-        };
-        let overlay =
-            Arc::new(overlay.map_err(|error| {
-                Problem::from_overlay(&format!("cannot open the overlay of {description}"), &error)
-            })?);
         let export = OverlayExport { overlay: overlay.clone(), description, first_read: first_read.clone() };
         table
-            .add(export_name(&disk.name)?, Arc::new(export))
+            .add(disks::export_name(&disk.name)?, Arc::new(export))
             .map_err(|error| Problem::failed(format!("cannot publish disk {}", disk.name), &error))?;
         overlays.push(overlay);
     }
     Ok(overlays)
-}
-
-/// The recovery point with id `id`.
-pub fn load_point(repository: &Repository, id: &str) -> Result<RecoveryPoint, Problem> {
-    let parsed = id.parse().map_err(|_| Problem::usage(format!("`{id}` is not the id of a recovery point")))?;
-    repository
-        .load_point(parsed)
-        .map_err(|error| Problem::from_read(&format!("cannot read recovery point {id}"), &error))
-}
-
-/// A disk's export name.
-pub fn export_name(disk: &str) -> Result<ExportName, Problem> {
-    ExportName::new(disk)
-        .map_err(|error| Problem::failed(format!("disk {disk} cannot be exported by its name"), &error))
-}
-
-async fn watch_vm(recovery: Arc<Recovery>, vm: Arc<dyn Machine>) {
-    let mut pause = WATCH_INTERVAL;
-    loop {
-        let exited = tokio::time::timeout(pause, vm.wait_exit()).await.is_ok();
-        if exited {
-            tracing::info!(recovery = %recovery.definition.name, "the VM has ended");
-            recovery.show(|shown| {
-                shown.vm = Some("shut-off".to_owned());
-                shown.pid = None;
-            });
-            return;
-        }
-        let Ok(status) = vm.status().await else { continue };
-        let stopped = status == Status::IoError;
-        recovery.show(|shown| shown.vm = Some(status.to_string()));
-        if !stopped {
-            pause = WATCH_INTERVAL;
-        } else if free_bytes(&recovery.dir).is_some_and(|free| free > ROOM_TO_RESUME) {
-            if pause == WATCH_INTERVAL {
-                tracing::warn!(recovery = %recovery.definition.name, "the VM waits on a disk error; trying to let it go on");
-            }
-            if let Err(error) = vm.resume().await {
-                tracing::error!(recovery = %recovery.definition.name, error = %crate::problem::chain(&error), "it does not");
-            }
-            // The request that failed is repeated and may fail again: not too often.
-            pause = (pause * 2).min(RESUME_INTERVAL_MAX);
-        }
-    }
-}
-
-async fn watch_console(recovery: Arc<Recovery>) {
-    let console = recovery.dir.join("console.log");
-    while recovery.asked.elapsed() < CONSOLE_PATIENCE {
-        if fs::metadata(&console).is_ok_and(|file| file.len() > 0) {
-            recovery.show(|shown| shown.timings.first_console_ms = Some(recovery.millis()));
-            return;
-        }
-        tokio::time::sleep(CONSOLE_POLL).await;
-    }
-}
-
-async fn watch_room(recovery: Arc<Recovery>) {
-    let mut warned = false;
-    loop {
-        tokio::time::sleep(WATCH_INTERVAL).await;
-        let low = free_bytes(&recovery.dir).is_some_and(|free| free < ROOM_TO_WARN);
-        if low && !warned {
-            tracing::warn!(recovery = %recovery.definition.name, folder = %recovery.dir.display(), "little room is left for what the guest writes");
-        }
-        warned = low;
-    }
-}
-
-fn free_bytes(dir: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(dir).ok()?;
-    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 fn remove_file_if_there(path: &Path) -> io::Result<()> {

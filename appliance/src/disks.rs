@@ -1,0 +1,70 @@
+//! Disks of recovery points, opened to be served: the base from the repository, and the overlay that takes writes.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use blockstore::base::Base;
+use blockstore::disk::LocalFolder;
+use blockstore::overlay::{Overlay, OverlayIdentity};
+use blockstore::{PointDisk, RecoveryPoint, Repository};
+use nbd_server::ExportName;
+
+use crate::problem::Problem;
+use crate::state_dir::create_private_dir;
+
+/// Whether an overlay is expected to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpenOverlay {
+    /// It is new.
+    Create,
+    /// It has been there before; one that is missing is an error.
+    Existing,
+    /// Whichever it is.
+    Any,
+}
+
+/// The recovery point with id `id`.
+pub fn load_point(repository: &Repository, id: &str) -> Result<RecoveryPoint, Problem> {
+    let parsed = id.parse().map_err(|_| Problem::usage(format!("`{id}` is not the id of a recovery point")))?;
+    repository
+        .load_point(parsed)
+        .map_err(|error| Problem::from_read(&format!("cannot read recovery point {id}"), &error))
+}
+
+/// A disk's export name.
+pub fn export_name(disk: &str) -> Result<ExportName, Problem> {
+    ExportName::new(disk)
+        .map_err(|error| Problem::failed(format!("disk {disk} cannot be exported by its name"), &error))
+}
+
+/// A disk of `point`, read-only.
+pub fn open(repository: &Repository, point: &RecoveryPoint, disk: &str) -> Result<Arc<PointDisk>, Problem> {
+    repository
+        .open_disk(point, disk)
+        .map_err(|error| Problem::from_read(&format!("cannot open disk {disk} of {}", point.machine), &error))
+}
+
+/// The overlay of a disk, in the folder `DIR/DISK`.
+pub fn open_overlay(
+    dir: &Path,
+    point: &RecoveryPoint,
+    disk: &str,
+    base: Arc<dyn Base>,
+    open: OpenOverlay,
+) -> Result<Overlay, Problem> {
+    create_private_dir(dir)
+        .map_err(|error| Problem::failed(format!("cannot make folder {}", dir.display()), &error))?;
+    let identity = OverlayIdentity { point: *point.id.as_bytes(), disk: disk.to_owned(), size: base.size() };
+    let folder = Arc::new(LocalFolder::new(dir));
+    let at = Path::new(disk);
+    let create = match open {
+        OpenOverlay::Create => true,
+        OpenOverlay::Existing => false,
+        OpenOverlay::Any => !dir.join(disk).join("journal").exists(),
+    };
+    let opened =
+        if create { Overlay::create(folder, at, identity, base) } else { Overlay::open(folder, at, identity, base) };
+    opened.map_err(|error| {
+        Problem::from_overlay(&format!("cannot open the overlay of disk {disk} in {}", dir.display()), &error)
+    })
+}
