@@ -168,11 +168,12 @@ impl Jobs {
                 tracing::error!(job = job.id, kind = job.kind, subject = job.subject, seconds, %problem, "job failed");
             }
         }
+        // Whoever learns of the end finds the list tidied.
+        let mut jobs = self.lock();
         job.outcome.send_replace(match result {
             Ok(result) => Outcome::Done { result },
             Err(problem) => Outcome::Failed { problem },
         });
-        let mut jobs = self.lock();
         let ended: Vec<u64> =
             jobs.values().filter(|job| *job.outcome.borrow() != Outcome::Running).map(|job| job.id).collect();
         for id in ended.iter().rev().skip(KEPT_ENDED) {
