@@ -85,6 +85,13 @@ impl StateDir {
         names
     }
 
+    /// Whether a process owns the state folder at present.
+    pub fn is_owned(&self) -> bool {
+        File::open(self.root.join("lock")).is_ok_and(|lock| {
+            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+        })
+    }
+
     /// Makes this process the owner, until the returned lock is dropped. `command` is told to whom it keeps out.
     pub fn own(&self, command: &str) -> Result<Ownership, Problem> {
         let cannot = |error: &io::Error| {
@@ -164,7 +171,9 @@ mod tests {
     fn a_second_owner_is_refused_and_told_who_has_it() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path().join("state"));
+        assert!(!state.is_owned());
         let first = state.own("backup web01").unwrap();
+        assert!(state.is_owned());
         let refusal = state.own("serve").unwrap_err();
         assert_eq!(refusal.kind, Kind::Refused);
         assert!(refusal.title.contains("lifeboat backup web01"), "{refusal}");

@@ -66,7 +66,7 @@ impl Door {
         let app = match opened {
             Ok(app) => app,
             // Somebody owns the state folder who did not answer: it has only just begun, or is about to end.
-            Err(problem) if problem.kind == Kind::Refused => {
+            Err(problem) if problem.kind == Kind::Refused && state.is_owned() => {
                 return match wait_for_service(&state).await {
                     Ok(health) => Door::to_service(global, &state, &health),
                     Err(_) => Err(problem),
