@@ -342,6 +342,34 @@ fn written_targets_hold_the_disk_and_please_qemu() {
 }
 
 #[test]
+fn a_disk_that_is_no_multiple_of_a_sector_keeps_its_tail() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for size in [0, 1, 511, 512, 513, 65_537, MIB + 100] {
+        let disk: Vec<u8> = noise(size + 1, usize::try_from(size).unwrap()).iter().map(|byte| byte | 0x40).collect();
+        fs::write(dir.path().join("a.raw"), &disk).unwrap();
+        let path = dir.path().join("out.qcow2");
+        let target = images::create_target(&path, TargetFormat::Qcow2, size, Overwrite::Replace).unwrap();
+        for (number, piece) in disk.chunks(65_536).enumerate() {
+            target.write_at(number as u64 * 65_536, piece).unwrap();
+        }
+        assert!(target.write_at(size, b"x").is_err(), "what is past the disk is not written");
+        target.finish().unwrap();
+        qemu_img(&dir, &["check", "-q", "out.qcow2"]);
+        qemu_img(&dir, &["compare", "-f", "raw", "-F", "qcow2", "a.raw", "out.qcow2"]);
+        let image = open(&path).unwrap();
+        assert_eq!(image.size(), size.next_multiple_of(512));
+        let read = contents(image.as_ref());
+        let (content, rest) = read.split_at(disk.len());
+        assert!(content == disk && rest.iter().all(|byte| *byte == 0), "{size} bytes read differently");
+    }
+    let error = images::create_target(&dir.path().join("b"), TargetFormat::Qcow2, u64::MAX, Overwrite::Refuse).err();
+    assert!(matches!(error, Some(TargetError::Io { .. })), "{error:?}");
+}
+
+#[test]
 fn an_unfinished_target_leaves_what_was_there() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.raw");

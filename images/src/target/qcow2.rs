@@ -1,6 +1,8 @@
 //! qcow2 targets, written through imago.
 //!
 //! After a write that failed the image cannot be finished: a table updated by half must never get the image's name.
+//! QEMU counts a qcow2 disk in sectors, so the image ends with a whole one; what is past the disk's end reads as zeroes,
+//! as it does for a raw file in QEMU.
 
 use std::fs::File;
 use std::io;
@@ -14,6 +16,8 @@ use super::temporary::Temporary;
 use super::{ImageTarget, Overwrite, check_range};
 use crate::guard::guarded;
 
+const SECTOR: u64 = 512;
+
 /// A new qcow2 image.
 pub(super) struct Qcow2Target {
     image: FormatAccess<imago::file::File>,
@@ -24,8 +28,10 @@ pub(super) struct Qcow2Target {
 
 impl Qcow2Target {
     pub(super) fn create(path: &Path, size: u64, overwrite: Overwrite) -> io::Result<Qcow2Target> {
+        let too_large = || io::Error::new(io::ErrorKind::InvalidInput, format!("a disk of {size} bytes"));
+        let sectors = size.checked_next_multiple_of(SECTOR).ok_or_else(too_large)?;
         let temporary = Temporary::create(path, overwrite)?;
-        let image = guarded(|| make(temporary.file(), temporary.path(), size))?;
+        let image = guarded(|| make(temporary.file(), temporary.path(), sectors))?;
         Ok(Qcow2Target { image, temporary, size, failed: AtomicBool::new(false) })
     }
 }
