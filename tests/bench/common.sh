@@ -45,7 +45,7 @@ set_up() {
     # Every program keeps its temporary files on the file system that the others use.
     export TMPDIR=$place
     export LIFEBOAT_PASSPHRASE='correct horse battery staple'
-    unset LIFEBOAT_KEY_FILE LIFEBOAT_PASSPHRASE_FILE
+    unset LIFEBOAT_KEY_FILE LIFEBOAT_PASSPHRASE_FILE LIFEBOAT_CACHE
 }
 
 clean_up() {
@@ -76,8 +76,8 @@ end_recoveries() {
 stop() {
     local pid=$1 tries
     kill "$pid" 2>/dev/null || return 0
-    for tries in $(seq 100); do
-        if [ "$tries" = 80 ]; then kill -9 "$pid" 2>/dev/null || true; fi
+    for tries in $(seq 500); do # removing a large overlay takes its time
+        if [ "$tries" = 400 ]; then kill -9 "$pid" 2>/dev/null || true; fi
         if ! kill -0 "$pid" 2>/dev/null || [[ $(cat "/proc/$pid/stat" 2>/dev/null) == *") Z "* ]]; then break; fi
         sleep 0.05
     done
