@@ -107,6 +107,8 @@ impl Problem {
             }
             images::OpenError::NotAnImage { .. } => Problem::because(Kind::Usage, title, error),
             images::OpenError::BackingFile { .. } => Problem::because(Kind::Refused, title, error),
+            images::OpenError::Uncertain { .. } => Problem::because(Kind::Refused, title, error)
+                .hint("give --format raw if it is the disk of a guest, --format qcow2 if it was made as an image"),
             images::OpenError::Io { .. }
             | images::OpenError::Unsupported { .. }
             | images::OpenError::Damaged { .. } => Problem::failed(title, error),

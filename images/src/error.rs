@@ -42,6 +42,21 @@ pub enum OpenError {
         /// What is wrong.
         reason: String,
     },
+    /// It looks like an image that names another file, and may as well be a raw disk whose guest wrote that to it: by
+    /// its name it is no such image, and no format was given.
+    #[error(
+        "{} looks like a {format} image with {names}, but is not named like one: its format is uncertain, and \
+         `--format qcow2` or `--format raw` decides it",
+        path.display()
+    )]
+    Uncertain {
+        /// The image.
+        path: PathBuf,
+        /// QEMU's name of the format that it looks like.
+        format: &'static str,
+        /// The kind of file it would name.
+        names: &'static str,
+    },
     /// It names a backing file, and following is not allowed.
     #[error("{} refers to another file, {backing:?}, which is not followed", path.display())]
     BackingFile {

@@ -60,8 +60,15 @@ pub enum BackingFiles {
 /// How to open an image.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OpenOptions {
-    /// Found out by looking at the first bytes when not given. A guest can write a qcow2 header to its raw disk, and
-    /// only saying that the disk is raw keeps that from being believed; a block device is raw unless told otherwise.
+    /// When not given, it is found out, and what a guest may have written is not believed where it could do harm:
+    ///
+    /// - a block device and a file whose name ends in `.raw` are raw, whatever they hold;
+    /// - what looks like qcow2 is qcow2 if it names no backing file and no external data file, or if the file's name
+    ///   says so, too (`.qcow2`, `.qcow3`, `.qcow`, `.qed`); otherwise it is [`OpenError::Uncertain`];
+    /// - what looks like another known format is [`OpenError::Unsupported`];
+    /// - everything else is raw.
+    ///
+    /// A format given here is obeyed. It is that of the image itself: its backing files have the formats it gives them.
     pub format: Option<Format>,
     /// What to do with backing files.
     pub backing_files: BackingFiles,
@@ -70,12 +77,28 @@ pub struct OpenOptions {
 /// Opens the image, block device or raw file at `path` for reading.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn DiskImage>, OpenError> {
     let disk = raw::Raw::open(path)?;
-    let format = match options.format {
-        Some(format) => format,
-        None => detect::detect(&disk, path)?,
-    };
+    if let Some(format) = options.format {
+        return open_as(format, disk, path, options.backing_files);
+    }
+    let format = detect::detect(&disk, path)?;
+    if detect::says_qcow(path) {
+        return open_as(format, disk, path, options.backing_files);
+    }
+    // The header is read again, and a running guest may have named a file in it meanwhile.
+    open_as(format, disk, path, BackingFiles::Refuse).map_err(|error| match error {
+        OpenError::BackingFile { path, .. } => OpenError::Uncertain { path, format: "qcow2", names: "a backing file" },
+        error => error,
+    })
+}
+
+fn open_as(
+    format: Format,
+    disk: raw::Raw,
+    path: &Path,
+    backing_files: BackingFiles,
+) -> Result<Box<dyn DiskImage>, OpenError> {
     match format {
         Format::Raw => Ok(Box::new(disk)),
-        Format::Qcow2 => Ok(Box::new(qcow2::Qcow2::open(path, options.backing_files)?)),
+        Format::Qcow2 => Ok(Box::new(qcow2::Qcow2::open(path, backing_files)?)),
     }
 }

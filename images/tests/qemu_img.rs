@@ -196,14 +196,81 @@ fn what_is_not_read_here_is_named_for_qemu() {
         ("qcow", "encryption=off", "qcow"),
     ] {
         let compressed: &[&str] = if options.contains("zstd") { &["-c"] } else { &[] };
-        let args = [&["convert", "-O", format, "-o", options], compressed, &["a.raw", "b.img"]].concat();
+        // An external data file is believed of an image that is named like one.
+        let name = if options.contains("data_file") { "b.qcow2" } else { "b.img" };
+        let args = [&["convert", "-O", format, "-o", options], compressed, &["a.raw", name]].concat();
         qemu_img(&dir, &args);
-        match open(&dir.path().join("b.img")).err() {
+        match open(&dir.path().join(name)).err() {
             Some(OpenError::Unsupported { format, .. }) if format == expected => {}
             other => panic!("{format} {options}: {other:?}"),
         }
-        fs::remove_file(dir.path().join("b.img")).unwrap();
+        // A file that is named raw is raw.
+        let raw = dir.path().join("b.RAW");
+        fs::rename(dir.path().join(name), &raw).unwrap();
+        let image = open(&raw).unwrap();
+        assert_eq!((image.describe(), image.size()), ("raw".to_owned(), fs::metadata(&raw).unwrap().len()));
     }
+}
+
+#[test]
+fn what_a_guest_wrote_to_its_disk_brings_no_file_of_the_host() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("secret"), "what only the host may read").unwrap();
+    let backing = &["-b", "secret", "-F", "raw", "-u"][..];
+    for (format, options, size, names) in [
+        ("qcow2", backing, "1M", "a backing file"),
+        ("qcow2", &["-o", "compat=0.10", "-b", "secret", "-F", "raw", "-u"], "1M", "a backing file"),
+        ("qcow2", &["-o", "data_file=data"], "1M", "an external data file"),
+        ("qcow", &["-b", "secret", "-F", "raw", "-u"], "1M", "a backing file"),
+        ("qed", backing, "1M", "a backing file"),
+    ] {
+        qemu_img(&dir, &[&["create", "-q", "-f", format], options, &["made", size]].concat());
+        let header = fs::read(dir.path().join("made")).unwrap();
+        // `.qcow2` in the middle says nothing.
+        for name in ["disk.img", "disk", "disk.qcow2.bak", "qcow2"] {
+            let path = dir.path().join(name);
+            fs::write(&path, &header).unwrap();
+            match open(&path).err() {
+                Some(OpenError::Uncertain { format: like, names: kind, .. }) if like == format && kind == names => {}
+                other => panic!("{name}, {options:?}: {other:?}"),
+            }
+            let error = open(&path).err().unwrap().to_string();
+            assert!(error.contains("uncertain") && error.contains("`--format raw`"), "{error}");
+            let raw = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
+            assert!(contents(images::open(&path, &raw).unwrap().as_ref()) == header);
+        }
+        for name in ["disk.raw", "disk.RAW", "disk.qcow2.raw"] {
+            fs::write(dir.path().join(name), &header).unwrap();
+            assert!(contents(open(&dir.path().join(name)).unwrap().as_ref()) == header, "{name}");
+        }
+        for name in ["disk.qcow2", "disk.QCOW2", "disk.qcow", "disk.qed"] {
+            fs::write(dir.path().join(name), &header).unwrap();
+            let error = open(&dir.path().join(name)).err();
+            assert!(matches!(error, None | Some(OpenError::Unsupported { .. })), "{name}, {options:?}: {error:?}");
+        }
+    }
+}
+
+#[test]
+fn an_image_that_names_no_file_is_known_by_its_content() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "alone.img", "1M"]);
+    assert_eq!(open(&dir.path().join("alone.img")).unwrap().describe(), "qcow2");
+    // Told its format, an image may name what it likes, and what it names needs no particular name.
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-b", "alone.img", "-F", "qcow2", "mid.img"]);
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-b", "mid.img", "-F", "qcow2", "top.img"]);
+    let top = dir.path().join("top.img");
+    assert!(matches!(open(&top).err(), Some(OpenError::Uncertain { .. })));
+    let qcow2 = OpenOptions { format: Some(Format::Qcow2), ..OpenOptions::default() };
+    assert_eq!(images::open(&top, &qcow2).unwrap().size(), MIB);
+    fs::rename(&top, dir.path().join("top.qcow2")).unwrap();
+    assert_eq!(open(&dir.path().join("top.qcow2")).unwrap().size(), MIB);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use imago::raw::Raw as RawDriver;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, Storage, StorageExt};
 
 use self::header::{Backing, Header, HeaderError};
-use crate::detect::detect;
+use crate::detect::probe;
 use crate::guard::guarded;
 use crate::raw::Raw;
 use crate::{BackingFiles, DiskImage, Format, OpenError};
@@ -212,7 +212,7 @@ fn backing_format(file: &Raw, path: &Path, backing: &Backing) -> Result<Format, 
             format: format.to_owned(),
             reason: "its format".to_owned(),
         }),
-        None => detect(file, path),
+        None => probe(file, path),
     }
 }
 
