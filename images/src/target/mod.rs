@@ -6,8 +6,9 @@
 //! 2. the file is renamed to its name (or, where nothing may be replaced, linked to it);
 //! 3. the folder is synced.
 //!
-//! A crash before 2 leaves what was there and a temporary file; after 2 the new file is whole, since 1 came first. A
-//! target dropped unfinished takes its temporary file with it. On a block device the first write destroys what was.
+//! A crash before 2 leaves what was there and a temporary file, which the next target of that name removes; after 2 the
+//! new file is whole, since 1 came first. A target dropped unfinished takes its temporary file with it. On a block device
+//! the first write destroys what was.
 
 mod qcow2;
 mod raw;
