@@ -7,6 +7,7 @@ use std::sync::Arc;
 use blockstore::disk::LocalFolder;
 use blockstore::{LocalStorage, Repository, Secret};
 use tokio::net::UnixListener;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::catalog::{Catalog, PointSummary, spec};
@@ -40,7 +41,12 @@ impl Options {
             return Err(Problem::usage("no repository is named").hint("give --repo FOLDER or set LIFEBOAT_REPO"));
         };
         let path = match location.split_once("://") {
-            Some(("file", path)) => path,
+            Some(("file", path)) if path.starts_with('/') => path,
+            Some(("file", _)) => {
+                return Err(
+                    Problem::usage(format!("{location} names no local folder")).hint("write file:///path/to/it")
+                );
+            }
             Some((scheme, _)) => {
                 return Err(Problem::usage(format!("cannot keep a repository at a {scheme}:// URL"))
                     .hint("name a local folder, as a path or a file:// URL"));
@@ -82,7 +88,10 @@ fn read_small(path: &Path, what: &str) -> Result<Vec<u8>, Problem> {
         }
         Ok(bytes)
     };
-    read().map_err(|error| Problem::failed(format!("cannot read {what} {}", path.display()), &error))
+    read().map_err(|error| {
+        Problem::failed(format!("cannot read {what} {}", path.display()), &error)
+            .hint("without it the repository cannot be opened; check the path")
+    })
 }
 
 /// The storage of the repository in folder `path`.
@@ -136,7 +145,7 @@ impl App {
     }
 
     /// Serves the API on the state folder's socket.
-    pub fn listen(self: &Arc<App>) -> Result<JoinHandle<()>, Problem> {
+    pub fn listen(self: &Arc<App>) -> Result<Listening, Problem> {
         let socket = self.state.socket();
         let bind = || {
             match std::fs::remove_file(&socket) {
@@ -150,11 +159,17 @@ impl App {
         let listener =
             bind().map_err(|error| Problem::failed(format!("cannot listen on {}", socket.display()), &error))?;
         let router = crate::api::router(self.clone());
-        Ok(tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router).await {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let task = tokio::spawn(async move {
+            let serving = axum::serve(listener, router).with_graceful_shutdown(async move {
+                // A dropped sender is a stop too.
+                let _ = stopped.await;
+            });
+            if let Err(error) = serving.await {
                 tracing::error!(%error, "the API has ended");
             }
-        }))
+        });
+        Ok(Listening { stop: Some(stop), task, socket })
     }
 
     /// All recovery points, oldest first.
@@ -167,12 +182,23 @@ impl App {
         spec::resolve(&self.points()?, spec).cloned()
     }
 
+    /// Refuses to write to the repository or the state folder as if they were anybody's.
+    pub fn refuse_own_folder(&self, path: &Path) -> Result<(), Problem> {
+        // What does not exist yet lies where its nearest parent lies.
+        let real = path.ancestors().find_map(|at| at.canonicalize().ok()).unwrap_or_else(|| path.to_owned());
+        for (own, what) in [(self.location.as_path(), "repository"), (self.state.root(), "state folder")] {
+            if own.canonicalize().is_ok_and(|own| real.starts_with(own)) {
+                return Err(Problem::refused(format!("{} lies in the {what}", path.display()))
+                    .hint("name a place outside of it"));
+            }
+        }
+        Ok(())
+    }
+
     /// Ends what this process serves, and leaves recoveries for the next one to take up.
     pub async fn close(&self) {
         self.exports.close().await;
         self.recoveries.leave().await;
-        // A socket that is gone already is as good.
-        let _ = std::fs::remove_file(self.state.socket());
     }
 
     /// Work that others than this process's own command have begun and that is not over.
@@ -185,10 +211,39 @@ impl App {
     }
 }
 
+/// The API being served on a socket.
+#[derive(Debug)]
+pub struct Listening {
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<()>,
+    socket: PathBuf,
+}
+
+impl Listening {
+    /// Takes no more requests, and returns when those that were taken are answered.
+    pub async fn finish(&mut self) {
+        // A socket that is gone already is as good.
+        let _ = std::fs::remove_file(&self.socket);
+        self.stop.take();
+        if let Err(error) = (&mut self.task).await {
+            tracing::error!(%error, "the API ended badly");
+        }
+    }
+}
+
 /// Makes a repository.
 pub fn init(options: &Options, chunk_size: u32, encryption: Encryption) -> Result<blockstore::RepositoryId, Problem> {
     use blockstore::Protection;
     let location = options.repository_path()?;
+    if !(chunk_size.is_power_of_two() && (16 << 10..=4 << 20).contains(&chunk_size)) {
+        return Err(Problem::from_init(&location, &blockstore::InitError::ChunkSize(chunk_size)));
+    }
+    if location.join("repository").exists() {
+        return Err(Problem::from_init(&location, &blockstore::InitError::Exists));
+    }
+    if let (Some(path), Encryption::Aes256Gcm) = (&options.key_file, encryption) {
+        make_key_file(path)?;
+    }
     let protection = match (encryption, options.secret()?) {
         (Encryption::None, None) => Protection::None,
         (Encryption::None, Some(_)) => {
@@ -218,7 +273,7 @@ pub enum Encryption {
 }
 
 /// Makes a new key file that only its owner can read. An existing one is used as it is.
-pub fn make_key_file(path: &Path) -> Result<(), Problem> {
+fn make_key_file(path: &Path) -> Result<(), Problem> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
     if path.exists() {

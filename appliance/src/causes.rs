@@ -170,7 +170,7 @@ impl Problem {
             }
             RestoreError::Target { .. } | RestoreError::Threads(_) => Problem::failed(title, error),
             RestoreError::Cancelled => Problem::new(Kind::Failed, format!("the restore of {what} was cancelled"))
-                .hint("nothing was left there"),
+                .hint("its target is as it was"),
         }
     }
 

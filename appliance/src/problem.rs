@@ -59,12 +59,34 @@ pub struct Problem {
     pub hint: Option<String>,
     /// What kind of failure it is.
     pub kind: Kind,
+    /// How the asker has to go on with it.
+    #[serde(skip)]
+    pub handling: Handling,
+}
+
+/// How the command line goes on with a problem. It does not cross the API.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Handling {
+    /// It is told to the user.
+    #[default]
+    Tell,
+    /// The answer on standard output has told it to programs already.
+    AnswerTold,
+    /// Nobody has taken the request; it can be asked again.
+    AskAgain,
 }
 
 impl Problem {
     /// A problem without a cause.
     pub fn new(kind: Kind, title: impl Into<String>) -> Problem {
-        Problem { title: title.into(), status: kind.http_status().as_u16(), detail: None, hint: None, kind }
+        Problem {
+            title: title.into(),
+            status: kind.http_status().as_u16(),
+            detail: None,
+            hint: None,
+            kind,
+            handling: Handling::Tell,
+        }
     }
 
     /// A problem whose causes are `error` and its sources.
@@ -75,6 +97,11 @@ impl Problem {
     /// The same, with what to do.
     pub fn hint(self, hint: impl Into<String>) -> Problem {
         Problem { hint: Some(hint.into()), ..self }
+    }
+
+    /// The same, handled otherwise.
+    pub fn handled(self, handling: Handling) -> Problem {
+        Problem { handling, ..self }
     }
 
     /// The same, of another kind.

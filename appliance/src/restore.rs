@@ -73,6 +73,13 @@ struct Step {
     format: TargetFormat,
 }
 
+impl Plan {
+    /// All that will be written.
+    pub fn targets(&self) -> impl Iterator<Item = &Path> {
+        self.steps.iter().map(|step| step.path.as_path())
+    }
+}
+
 /// A target from the command line: `[DISK=]PATH`. What stands before `=` is a disk only if it can be a name.
 pub fn parse_target(text: &str) -> Result<Target, Problem> {
     let (disk, path) = match text.split_once('=') {
@@ -81,6 +88,9 @@ pub fn parse_target(text: &str) -> Result<Target, Problem> {
     };
     if path.is_empty() {
         return Err(Problem::usage(format!("target `{text}` names no file")));
+    }
+    if path.contains("://") {
+        return Err(Problem::usage(format!("cannot restore to {path}")).hint("name a file, a block device or a folder"));
     }
     let path =
         std::path::absolute(path).map_err(|error| Problem::failed(format!("cannot restore to {path}"), &error))?;
@@ -98,12 +108,9 @@ pub fn plan(point: &PointSummary, request: &RestoreRequest) -> Result<Plan, Prob
             return Err(Problem::usage(format!("cannot restore to format `{other}`")).hint("use raw or qcow2"));
         }
     };
-    let format = |path: &Path| forced.unwrap_or_else(|| by_ending(path));
-    let step = |disk: &crate::catalog::DiskSummary, path: PathBuf| Step {
-        disk: disk.name.clone(),
-        size: disk.size,
-        format: format(&path),
-        path,
+    let format = |path: &Path| forced.map_or_else(|| by_ending(path), Ok);
+    let step = |disk: &crate::catalog::DiskSummary, path: PathBuf| {
+        Ok(Step { disk: disk.name.clone(), size: disk.size, format: format(&path)?, path })
     };
     let mut steps: Vec<Step> = Vec::new();
     for target in &request.targets {
@@ -113,14 +120,16 @@ pub fn plan(point: &PointSummary, request: &RestoreRequest) -> Result<Plan, Prob
                     Problem::not_found(format!("the recovery point of {} has no disk `{name}`", point.machine))
                         .hint(format!("it has {}", names()))
                 })?;
-                steps.push(step(disk, target.path.clone()));
+                steps.push(step(disk, target.path.clone())?);
             }
             (None, disks) if target.path.is_dir() => {
                 let ending = if forced == Some(TargetFormat::Qcow2) { "qcow2" } else { "raw" };
                 let inside = |name: &str| target.path.join(format!("{}-{name}.{ending}", point.machine));
-                steps.extend(disks.iter().map(|disk| step(disk, inside(&disk.name))));
+                for disk in disks {
+                    steps.push(step(disk, inside(&disk.name))?);
+                }
             }
-            (None, [disk]) => steps.push(step(disk, target.path.clone())),
+            (None, [disk]) => steps.push(step(disk, target.path.clone())?),
             (None, _) => {
                 return Err(Problem::usage(format!("the recovery point of {} has several disks", point.machine))
                     .hint(format!("write --to DISK=TARGET for each of {}, or name a folder", names())));
@@ -141,11 +150,16 @@ pub fn plan(point: &PointSummary, request: &RestoreRequest) -> Result<Plan, Prob
     Ok(Plan { steps, overwrite })
 }
 
-fn by_ending(path: &Path) -> TargetFormat {
-    match path.extension() {
-        Some(ending) if ending.eq_ignore_ascii_case("qcow2") => TargetFormat::Qcow2,
-        _ => TargetFormat::Raw,
+/// Formats that a target's name may promise and that are not written.
+const NOT_WRITTEN: [&str; 7] = ["vmdk", "vhd", "vhdx", "vdi", "qcow", "qed", "ova"];
+
+fn by_ending(path: &Path) -> Result<TargetFormat, Problem> {
+    let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    if NOT_WRITTEN.contains(&ending.as_str()) {
+        return Err(Problem::usage(format!("cannot write {} in the format of its ending", path.display()))
+            .hint("restore to .raw or .qcow2 and convert it with qemu-img, or give --format"));
     }
+    Ok(if ending == "qcow2" { TargetFormat::Qcow2 } else { TargetFormat::Raw })
 }
 
 /// Restores disk by disk. A disk that fails leaves no target; those before it stay.

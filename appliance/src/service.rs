@@ -9,6 +9,9 @@ use crate::signals;
 /// A service that another command started ends when it has had nothing to serve for this long.
 const IDLE: Duration = Duration::from_secs(10);
 
+/// How long requests may take to be answered when the service ends.
+const GOODBYE: Duration = Duration::from_secs(2);
+
 /// Serves until told to stop, or, in the background, until there is nothing left to serve.
 pub async fn serve(options: &Options, background: bool) -> Result<(), Problem> {
     let opening = options.clone();
@@ -17,7 +20,7 @@ pub async fn serve(options: &Options, background: bool) -> Result<(), Problem> {
         .map_err(|error| Problem::failed("cannot open the repository", &error))??;
     // Exports first: guests wait for their disks, everybody else can wait a moment.
     app.recoveries.take_up().await;
-    let listening = app.listen()?;
+    let mut listening = app.listen()?;
     tracing::info!(
         repository = %app.location.display(), socket = %app.state.socket().display(), pid = std::process::id(),
         "serving"
@@ -26,9 +29,13 @@ pub async fn serve(options: &Options, background: bool) -> Result<(), Problem> {
         () = signals::stop_signal() => tracing::info!("told to stop"),
         () = idle(&app), if background => tracing::info!("nothing left to serve"),
     }
-    listening.abort();
     for job in app.jobs.running() {
         job.cancel();
+    }
+    // An export's listener does not go by itself.
+    app.exports.close().await;
+    if tokio::time::timeout(GOODBYE, listening.finish()).await.is_err() {
+        tracing::warn!("some requests were not answered");
     }
     if app.recoveries.any_live() {
         tracing::warn!("recoveries stay as they are; their guests wait until Lifeboat runs again");

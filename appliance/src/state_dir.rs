@@ -11,7 +11,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -20,6 +20,9 @@ use crate::problem::{Kind, Problem};
 
 /// Longest path of a socket: a Unix socket address takes 107 bytes, and a driver may add a few of its own.
 const SOCKET_PATH_MAX: usize = 100;
+
+/// How the refusal of a second owner is worded.
+pub const IN_USE: &str = "is in use by";
 
 /// Where a state folder's parts lie. Making one touches nothing.
 #[derive(Debug, Clone)]
@@ -63,8 +66,8 @@ impl StateDir {
         self.root.join("service.log")
     }
 
-    /// `path` itself if a Unix socket can have it as its address, else a short stand-in in the runtime folder that
-    /// depends on nothing but the path, so that every later process finds the same one.
+    /// `path` itself if a Unix socket can have it as its address, else a short stand-in in the runtime folder, the same
+    /// for every later process.
     pub fn short_path(&self, path: PathBuf) -> PathBuf {
         if path.as_os_str().len() <= SOCKET_PATH_MAX {
             return path;
@@ -99,6 +102,7 @@ impl StateDir {
                 .hint("name a folder you may write to with --state or LIFEBOAT_STATE")
         };
         create_private_dir(&self.root).map_err(|e| cannot(&e))?;
+        secure_runtime_dir().map_err(|e| cannot(&e))?;
         let mut lock = OpenOptions::new()
             .read(true)
             .write(true)
@@ -115,11 +119,8 @@ impl StateDir {
             // The text is for a person; an owner that has not written it yet is as good a refusal.
             let _ = lock.read_to_string(&mut owner);
             let owner = if owner.trim().is_empty() { "another process".to_owned() } else { owner.trim().to_owned() };
-            return Err(Problem::new(
-                Kind::Refused,
-                format!("state folder {} is in use by {owner}", self.root.display()),
-            )
-            .hint("wait for it to end, stop it, or name another folder with --state"));
+            return Err(Problem::new(Kind::Refused, format!("state folder {} {IN_USE} {owner}", self.root.display()))
+                .hint("wait for it to end, stop it, or name another folder with --state"));
         }
         let write = |lock: &mut File| {
             lock.set_len(0)?;
@@ -150,17 +151,28 @@ pub fn create_private_dir(dir: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
-/// The folder for sockets whose own place has too long a path.
+/// The folder for sockets whose own place has too long a path. It depends on nothing but the user: a later process must
+/// find the same one, whatever its environment.
 fn runtime_dir() -> PathBuf {
-    let dir = match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(dir) if !dir.is_empty() && dir.len() < 60 => PathBuf::from(dir).join("lifeboat"),
-        _ => PathBuf::from(format!("/tmp/lifeboat-{}", rustix::process::getuid().as_raw())),
-    };
-    // A folder that cannot be made or secured shows at once, when the socket is bound in it.
-    if create_private_dir(&dir).is_ok() {
-        let _ = fs::set_permissions(&dir, fs::Permissions::from_mode(0o700));
+    let user = rustix::process::geteuid();
+    if user.is_root() {
+        PathBuf::from("/run/lifeboat")
+    } else {
+        PathBuf::from(format!("/tmp/lifeboat-{}", user.as_raw()))
     }
-    dir
+}
+
+/// Makes the runtime folder, and makes sure that it is ours alone: in a folder that all may write to, somebody else may
+/// have been first.
+fn secure_runtime_dir() -> io::Result<()> {
+    let dir = runtime_dir();
+    create_private_dir(&dir)?;
+    let found = fs::symlink_metadata(&dir)?;
+    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o077 != 0 {
+        let message = format!("{} is not a folder that only this user may enter", dir.display());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

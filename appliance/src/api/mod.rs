@@ -59,6 +59,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/api/v1/exports", post(export))
         .route("/api/v1/recoveries", get(list_recoveries).post(recover))
         .route("/api/v1/recoveries/{name}", get(show_recovery).delete(discard))
+        .route("/api/v1/recoveries/{name}/start", post(start))
         .route("/api/v1/jobs", get(list_jobs))
         .route("/api/v1/jobs/{id}", get(show_job).delete(cancel_job))
         .route("/api/v1/jobs/{id}/events", get(follow_job))
@@ -112,7 +113,11 @@ async fn back_up(State(app): Shared, Body(request): Body<BackupRequest>) -> Resu
     let (jobs, subject) = (app.jobs.clone(), format!("machine {}", request.machine));
     let job = jobs.start("backup", subject, move |progress| {
         let newest = app.points()?.into_iter().rfind(|point| point.machine == request.machine);
-        let parent = newest.map(|point| crate::disks::load_point(&app.repository, &point.id)).transpose()?;
+        let parent = newest.and_then(|point| {
+            // Without its parent a backup reads as much and finds what is stored through the index.
+            let loaded = crate::disks::load_point(&app.repository, &point.id);
+            loaded.inspect_err(|problem| tracing::warn!(%problem, "backing up without the newest point")).ok()
+        });
         let result = capture::back_up(&app.repository, parent.as_ref(), &request, progress)?;
         to_value(&result)
     });
@@ -127,6 +132,9 @@ async fn restore_point(
     let resolving = app.clone();
     let point = blocking(move || resolving.resolve(&point)).await?;
     let plan = restore::plan(&point, &request)?;
+    for target in plan.targets() {
+        app.refuse_own_folder(target)?;
+    }
     let jobs = app.jobs.clone();
     let job = jobs.start("restore", format!("machine {}", point.machine), move |progress| {
         let result = restore::restore(&app.repository, &point, &plan, progress)?;
@@ -152,6 +160,9 @@ async fn verify_repository(
 }
 
 async fn export(State(app): Shared, Body(request): Body<ExportRequest>) -> Result<Response, Problem> {
+    if let Some(folder) = &request.overlay {
+        app.refuse_own_folder(folder)?;
+    }
     let (resolving, spec) = (app.clone(), request.point.clone());
     let point = blocking(move || resolving.resolve(&spec)).await?;
     let hold = app.exports.start(&app.repository, &app.state, &point, &request).await?;
@@ -175,6 +186,11 @@ async fn recover(State(app): Shared, Body(request): Body<RecoverRequest>) -> Res
     });
     let view = work.await.map_err(|error| Problem::failed("the recovery ended badly", &error))??;
     Ok((StatusCode::CREATED, Json(view)).into_response())
+}
+
+async fn start(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
+    let work = tokio::spawn(async move { app.recoveries.start_vm(&name).await });
+    work.await.map_err(|error| Problem::failed("the start ended badly", &error))?.map(Json)
 }
 
 async fn discard(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {

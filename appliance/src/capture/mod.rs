@@ -17,6 +17,9 @@ use crate::problem::{Kind, Problem};
 /// Longest machine, disk or label name.
 const NAME_MAX: usize = 128;
 
+/// Longest value of a label.
+const LABEL_MAX: usize = 1024;
+
 /// A disk to back up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceSpec {
@@ -57,8 +60,12 @@ impl BackupRequest {
                     .hint("name each disk differently: root=a.qcow2 data=b.qcow2"));
             }
         }
-        for key in self.labels.keys() {
+        for (key, value) in &self.labels {
             check_name("label", key)?;
+            if value.len() > LABEL_MAX || value.chars().any(char::is_control) {
+                return Err(Problem::usage(format!("label {key} cannot have the value {value:?}"))
+                    .hint(format!("use up to {LABEL_MAX} bytes without control characters")));
+            }
         }
         Ok(())
     }

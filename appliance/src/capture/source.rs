@@ -91,7 +91,7 @@ pub fn open(spec: &SourceSpec, format: Option<&str>) -> Result<Box<dyn Source>, 
             tracing::info!(image = %path.display(), %format, %reason, "read through qemu-nbd");
             Ok(Box::new(qemu_nbd::open(path, &format).map_err(|error| cannot(&error))?))
         }
-        Err(error) => Err(Problem::from_image(&format!("cannot open disk {} of the backup", spec.disk), &error)),
+        Err(error) => Err(Problem::from_image(&format!("cannot back up disk {}", spec.disk), &error)),
     }
 }
 

@@ -141,7 +141,7 @@ impl Catalog {
                     points.push(point);
                 }
                 Err(error) => {
-                    tracing::warn!(point = %id, error = %crate::problem::chain(&error), "left out of the list: cannot read it")
+                    tracing::error!(point = %id, error = %crate::problem::chain(&error), "left out of the list: cannot read it")
                 }
             }
         }

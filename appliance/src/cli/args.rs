@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
 use crate::app::Options;
@@ -27,22 +28,29 @@ pub struct Cli {
 #[derive(Debug, Clone, Args)]
 pub struct Global {
     /// The repository: a folder, as a path or a file:// URL
-    #[arg(long, global = true, env = "LIFEBOAT_REPO", value_name = "URL")]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "LIFEBOAT_REPO", value_name = "URL")]
     pub repo: Option<String>,
     /// The folder for recoveries and caches [default: /var/lib/lifeboat, or ~/.local/state/lifeboat]
-    #[arg(long, global = true, env = "LIFEBOAT_STATE", value_name = "DIR")]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "LIFEBOAT_STATE", value_name = "DIR", value_parser = clap::builder::OsStringValueParser::new().map(PathBuf::from))]
     pub state: Option<PathBuf>,
     /// A file whose first line is the passphrase; LIFEBOAT_PASSPHRASE may hold the passphrase itself
-    #[arg(long, global = true, env = "LIFEBOAT_PASSPHRASE_FILE", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "LIFEBOAT_PASSPHRASE_FILE", value_name = "FILE")]
     pub passphrase_file: Option<PathBuf>,
     /// The repository's key file, used instead of a passphrase; `init` makes it
-    #[arg(long, global = true, env = "LIFEBOAT_KEY_FILE", value_name = "FILE", conflicts_with = "passphrase_file")]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Everywhere",
+        env = "LIFEBOAT_KEY_FILE",
+        value_name = "FILE",
+        conflicts_with = "passphrase_file"
+    )]
     pub key_file: Option<PathBuf>,
     /// Memory for chunks that are served again and again, shared by all disks
-    #[arg(long, global = true, env = "LIFEBOAT_CACHE", default_value = "512M", value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "LIFEBOAT_CACHE", default_value = "512M", value_name = "SIZE", value_parser = parse_size)]
     pub cache: u64,
     /// Answer in JSON
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Everywhere")]
     pub json: bool,
 }
 
@@ -50,8 +58,8 @@ impl Global {
     /// What a process that does the work itself opens.
     pub fn options(&self) -> Result<Options, Problem> {
         let state = match &self.state {
-            Some(state) => state.clone(),
-            None => default_state()?,
+            Some(state) if !state.as_os_str().is_empty() => state.clone(),
+            _ => default_state()?,
         };
         let state = std::path::absolute(&state)
             .map_err(|error| Problem::failed(format!("cannot use state folder {}", state.display()), &error))?;
@@ -99,6 +107,8 @@ pub enum Command {
     Recoveries,
     /// Show one recovery
     Recovery(Name),
+    /// Start the VM of a recovery again, on all that it has written
+    Start(Name),
     /// End a recovery; what its guest wrote is lost, the recovery point stays
     Discard(Name),
     /// Run as a service: take up recoveries, serve their disks and the API
@@ -139,11 +149,15 @@ pub struct Points {
 
 #[derive(Debug, Args)]
 pub struct Show {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub point: String,
 }
 
 #[derive(Debug, Args)]
 pub struct Restore {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub point: String,
     /// Where to: a file, a block device, or a folder for all disks; DISK=TARGET for one of several
     #[arg(long = "to", required = true, num_args = 1.., value_name = "[DISK=]TARGET")]
@@ -167,6 +181,8 @@ pub struct Verify {
 
 #[derive(Debug, Args)]
 pub struct Export {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub point: String,
     /// Only this disk [default: all]
     #[arg(long)]
@@ -184,6 +200,8 @@ pub struct Export {
 
 #[derive(Debug, Args)]
 pub struct Recover {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub point: String,
     /// What the recovery is called [default: the machine]
     #[arg(long)]
@@ -197,7 +215,7 @@ pub struct Recover {
     /// The guest's CPUs
     #[arg(long, default_value_t = 2)]
     pub cpus: u32,
-    /// none, user or bridge:NAME
+    /// none, user, isolated or bridge:NAME
     #[arg(long, default_value = "none")]
     pub network: String,
     /// auto, kvm or tcg
@@ -209,8 +227,8 @@ pub struct Recover {
     /// QEMU's machine type
     #[arg(long, default_value = "q35")]
     pub machine_type: String,
-    /// How disks are attached: virtio, scsi or sata
-    #[arg(long, default_value = "virtio")]
+    /// How disks are attached: virtio-blk, virtio-scsi, sata or ide
+    #[arg(long, default_value = "virtio-blk")]
     pub bus: String,
     /// Wait this many seconds for the guest's first console output, to report when it came
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
@@ -219,6 +237,8 @@ pub struct Recover {
 
 #[derive(Debug, Args)]
 pub struct Name {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub name: String,
 }
 

@@ -1,6 +1,8 @@
 //! Speaks the API: to the router in this process, or to another process over its socket.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -11,21 +13,34 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tower::ServiceExt;
 
-use crate::problem::{Kind, Problem};
+use crate::problem::{Handling, Kind, Problem};
 
 /// Longest answer that is read whole.
 const ANSWER_MAX: usize = 64 << 20;
 
+/// How long the owner of a socket may be away between two requests.
+const AWAY_MAX: Duration = Duration::from_millis(1500);
+
 /// A way to the API.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum Client {
     /// In this process.
     Router(Router),
     /// A socket that another process listens on.
-    Socket(PathBuf),
+    Socket {
+        /// Where it listens.
+        path: PathBuf,
+        /// Whether it has taken a request yet.
+        taken: AtomicBool,
+    },
 }
 
 impl Client {
+    /// Through the socket at `path`.
+    pub fn socket(path: PathBuf) -> Client {
+        Client::Socket { path, taken: AtomicBool::new(false) }
+    }
+
     /// A request whose answer is one value.
     pub async fn call<T: DeserializeOwned>(
         &self,
@@ -61,7 +76,7 @@ impl Client {
                 Ok(response) => response,
                 Err(never) => match never {},
             },
-            Client::Socket(path) => over_socket(path, request).await?,
+            Client::Socket { path, taken } => over_socket(path, taken, request).await?,
         };
         if response.status().is_success() {
             return Ok(response);
@@ -75,15 +90,25 @@ impl Client {
     }
 }
 
-async fn over_socket(path: &PathBuf, request: Request<Body>) -> Result<Response<Body>, Problem> {
+async fn over_socket(path: &Path, taken: &AtomicBool, request: Request<Body>) -> Result<Response<Body>, Problem> {
     let cannot = |error: &(dyn std::error::Error + 'static)| {
         Problem::failed(format!("cannot speak with the service on {}", path.display()), error)
     };
-    let stream = tokio::net::UnixStream::connect(path).await.map_err(|error| cannot(&error))?;
+    let since = Instant::now();
+    let stream = loop {
+        match tokio::net::UnixStream::connect(path).await {
+            Ok(stream) => break stream,
+            // Another command hosted the API and has ended; whoever asks first asks somebody else.
+            Err(error) if !taken.load(Ordering::Relaxed) => return Err(cannot(&error).handled(Handling::AskAgain)),
+            Err(_) if since.elapsed() < AWAY_MAX => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(error) => return Err(cannot(&error)),
+        }
+    };
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| cannot(&error))?;
     // Its end shows in the answer, which breaks off.
     tokio::spawn(connection);
+    taken.store(true, Ordering::Relaxed);
     let response = sender.send_request(request).await.map_err(|error| cannot(&error))?;
     Ok(response.map(Body::new))
 }

@@ -10,16 +10,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
-use tokio::task::JoinHandle;
 
 use super::args::{Command, Global};
 use super::client::Client;
 use super::render;
 use crate::api::Health;
-use crate::app::App;
+use crate::app::{App, Listening};
 use crate::problem::{Kind, Problem};
 use crate::signals;
-use crate::state_dir::{StateDir, create_private_dir};
+use crate::state_dir::{IN_USE, StateDir, create_private_dir};
 
 /// How long an owner of the state folder may take until it answers.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -39,7 +38,7 @@ pub struct Door {
 #[derive(Debug)]
 struct Own {
     app: Arc<App>,
-    listening: JoinHandle<()>,
+    listening: Listening,
 }
 
 impl Door {
@@ -50,33 +49,40 @@ impl Door {
     pub async fn open(global: &Global, command: &Command) -> Result<Door, Problem> {
         let options = global.options()?;
         let state = StateDir::new(options.state.clone());
-        if let Some(health) = ask(&state).await {
-            return Door::to_service(global, &state, &health);
-        }
-        if matches!(command, Command::Recover(_)) || !state.recovery_names().is_empty() {
-            start_service(global, &state).await?;
-            let health = wait_for_service(&state).await?;
-            return Door::to_service(global, &state, &health);
-        }
-        let opening = options.clone();
-        let name = describe(command);
-        let opened = tokio::task::spawn_blocking(move || App::open(&opening, &name))
-            .await
-            .map_err(|error| Problem::failed("cannot open the repository", &error))?;
-        let app = match opened {
-            Ok(app) => app,
-            // Somebody owns the state folder who did not answer: it has only just begun, or is about to end.
-            Err(problem) if problem.kind == Kind::Refused && state.is_owned() => {
-                return match wait_for_service(&state).await {
-                    Ok(health) => Door::to_service(global, &state, &health),
-                    Err(_) => Err(problem),
-                };
+        let since = Instant::now();
+        loop {
+            if let Some(health) = ask(&state).await {
+                return Door::to_service(global, &state, &health);
             }
-            Err(problem) => return Err(problem),
-        };
-        let listening = app.listen()?;
-        let client = Client::Router(crate::api::router(app.clone()));
-        Ok(Door { client, own: Some(Own { app, listening }) })
+            if matches!(command, Command::Recover(_)) || !state.recovery_names().is_empty() {
+                start_service(global, &state).await?;
+                let health = wait_for_service(&state).await?;
+                return Door::to_service(global, &state, &health);
+            }
+            let (opening, name) = (options.clone(), describe(command));
+            let opened = tokio::task::spawn_blocking(move || App::open(&opening, &name))
+                .await
+                .map_err(|error| Problem::failed("cannot open the repository", &error))?;
+            match opened {
+                Ok(app) => {
+                    let listening = app.listen()?;
+                    let client = Client::Router(crate::api::router(app.clone()));
+                    return Ok(Door { client, own: Some(Own { app, listening }) });
+                }
+                // Somebody owns the state folder who did not answer: it has only just begun, or is about to end.
+                Err(problem) if problem.kind == Kind::Refused && state.is_owned() && since.elapsed() < PATIENCE => {
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                }
+                Err(problem)
+                    if problem.kind == Kind::Refused
+                        && problem.title.contains(IN_USE)
+                        && since.elapsed() < PATIENCE =>
+                {
+                    // It has ended between the two looks.
+                }
+                Err(problem) => return Err(problem),
+            }
+        }
     }
 
     fn to_service(global: &Global, state: &StateDir, health: &Health) -> Result<Door, Problem> {
@@ -93,7 +99,7 @@ impl Door {
                 .hint("name another folder with --state"));
             }
         }
-        Ok(Door { client: Client::Socket(state.socket()), own: None })
+        Ok(Door { client: Client::socket(state.socket()), own: None })
     }
 
     /// Ends what this process hosts. Work that others began here is waited for, and recoveries are handed to a
@@ -102,10 +108,20 @@ impl Door {
         let Some(Own { app, listening }) = self.own else { return Ok(()) };
         let (since, mut told) = (Instant::now(), false);
         let stops = signals::count();
+        let mut listening = listening;
         loop {
             let others = app.busy_with();
             if others.is_empty() {
-                break;
+                // Requests that were taken before are answered; one of them may have begun something.
+                tokio::select! {
+                    () = listening.finish() => {}
+                    () = signals::more_than(stops) => break,
+                }
+                if app.busy_with().is_empty() {
+                    break;
+                }
+                listening = app.listen()?;
+                continue;
             }
             if !told && since.elapsed() > Duration::from_secs(1) {
                 render::note(&format!("waiting for work that others began here: {}", others.join(", ")));
@@ -117,7 +133,6 @@ impl Door {
             }
         }
         let hand_over = app.recoveries.any_live();
-        listening.abort();
         app.close().await;
         let state = app.state.clone();
         drop(self.client);
@@ -152,6 +167,7 @@ fn describe(command: &Command) -> String {
         Command::Recover(args) => format!("recover {}", args.point),
         Command::Recoveries => "recoveries".to_owned(),
         Command::Recovery(args) => format!("recovery {}", args.name),
+        Command::Start(args) => format!("start {}", args.name),
         Command::Discard(args) => format!("discard {}", args.name),
         Command::Serve(_) => "serve".to_owned(),
     }
@@ -166,7 +182,7 @@ fn same_folder(a: &Path, b: &Path) -> bool {
 
 /// Who answers on the state folder's socket, if anybody does.
 async fn ask(state: &StateDir) -> Option<Health> {
-    let client = Client::Socket(state.socket());
+    let client = Client::socket(state.socket());
     let asked = client.call(Method::GET, "/healthz", NOTHING);
     tokio::time::timeout(Duration::from_secs(5), asked).await.ok()?.ok()
 }

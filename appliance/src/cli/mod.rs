@@ -13,6 +13,7 @@ mod restore;
 mod verify;
 
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 
@@ -20,12 +21,18 @@ use args::{Cli, Command};
 use connect::Door;
 
 use crate::app;
-use crate::problem::{Kind, Problem};
+use crate::problem::{Handling, Kind, Problem};
 use crate::{service, signals};
+
+/// How long a request is offered to one owner of the state folder after another.
+const ASKING_MAX: Duration = Duration::from_secs(15);
 
 /// Runs the program: parses arguments, does the command, prints one error if there is one.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(&error),
+    };
     let voice = match &cli.command {
         Command::Serve(serve) if serve.background => Voice::Background,
         _ if cli.global.json => Voice::Json,
@@ -59,9 +66,22 @@ enum Voice {
     Background,
 }
 
+/// Prints what clap says: help and version, or what is wrong with the arguments.
+fn misused(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
+        let text = error.to_string();
+        let first = text.lines().next().unwrap_or_default();
+        render::json(&Problem::usage(first.strip_prefix("error: ").unwrap_or(first)));
+    }
+    // Nothing is left to say it with when this fails.
+    let _ = error.print();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
 fn report(problem: &Problem, voice: Voice) -> ExitCode {
     match voice {
         Voice::Plain => {}
+        Voice::Json if problem.handling == Handling::AnswerTold => {}
         Voice::Json => render::json(problem),
         Voice::Background => render::complain(&serde_json::to_string(problem).unwrap_or_default()),
     }
@@ -78,29 +98,42 @@ async fn run(cli: Cli) -> Result<(), Problem> {
         Command::Serve(serve) => return service::serve(&global.options()?, serve.background).await,
         _ => {}
     }
-    let door = Door::open(&global, &command).await?;
-    let result = match &command {
-        Command::Backup(args) => backup::run(&door, &global, args).await,
-        Command::Points(args) => points::list(&door, &global, args).await,
-        Command::Show(args) => points::show(&door, &global, args).await,
-        Command::Restore(args) => restore::run(&door, &global, args).await,
-        Command::Verify(args) => verify::run(&door, &global, args).await,
-        Command::Export(args) => export::run(&door, &global, args).await,
-        Command::Recover(args) => recover::run(&door, &global, args).await,
-        Command::Recoveries => recover::list(&door, &global).await,
-        Command::Recovery(args) => recover::show(&door, &global, args).await,
-        Command::Discard(args) => recover::discard(&door, &global, args).await,
+    let since = Instant::now();
+    loop {
+        let door = Door::open(&global, &command).await?;
+        let result = perform(&door, &global, &command).await;
+        let closed = door.close(&global).await;
+        match result {
+            // Who was to answer has ended before it took the request.
+            Err(problem) if problem.handling == Handling::AskAgain && since.elapsed() < ASKING_MAX => {}
+            result => return result.and(closed),
+        }
+    }
+}
+
+async fn perform(door: &Door, global: &args::Global, command: &Command) -> Result<(), Problem> {
+    match command {
+        Command::Backup(args) => backup::run(door, global, args).await,
+        Command::Points(args) => points::list(door, global, args).await,
+        Command::Show(args) => points::show(door, global, args).await,
+        Command::Restore(args) => restore::run(door, global, args).await,
+        Command::Verify(args) => verify::run(door, global, args).await,
+        Command::Export(args) => export::run(door, global, args).await,
+        Command::Recover(args) => recover::run(door, global, args).await,
+        Command::Recoveries => recover::list(door, global).await,
+        Command::Recovery(args) => recover::show(door, global, args).await,
+        Command::Start(args) => recover::start(door, global, args).await,
+        Command::Discard(args) => recover::discard(door, global, args).await,
         Command::Init(_) | Command::Serve(_) => Ok(()),
-    };
-    let closed = door.close(&global).await;
-    result.and(closed)
+    }
 }
 
 fn initialise(global: &args::Global, init: &args::Init) -> Result<(), Problem> {
     let options = global.options()?;
     let encryption = if init.no_encryption { app::Encryption::None } else { app::Encryption::Aes256Gcm };
-    if let (Some(path), app::Encryption::Aes256Gcm) = (&options.key_file, encryption) {
-        app::make_key_file(path)?;
+    if let (Some(path), app::Encryption::None) = (&options.key_file, encryption) {
+        return Err(Problem::usage(format!("a repository without encryption has no use for {}", path.display()))
+            .hint("leave out --no-encryption or --key-file"));
     }
     let chunk_size = u32::try_from(init.chunk_size)
         .map_err(|_| Problem::new(Kind::Usage, format!("a chunk of {} bytes is too large", init.chunk_size)))?;

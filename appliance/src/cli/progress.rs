@@ -20,6 +20,7 @@ pub async fn run(client: &Client, path: &str, request: &impl Serialize) -> Resul
     let path = format!("/api/v1/jobs/{}", job.id);
     let mut events = client.stream(Method::GET, &format!("{path}/events"), NOTHING).await?;
     let bar = bar(&job.kind);
+    let mut begun = false;
     let mut cancelled = false;
     loop {
         let event = tokio::select! {
@@ -35,7 +36,13 @@ pub async fn run(client: &Client, path: &str, request: &impl Serialize) -> Resul
         };
         let view: JobView =
             serde_json::from_str(&data).map_err(|error| Problem::failed("cannot read the job's progress", &error))?;
-        show(&bar, view.progress);
+        if view.progress.total > 0 {
+            if !begun {
+                bar.enable_steady_tick(Duration::from_millis(200));
+                begun = true;
+            }
+            show(&bar, view.progress);
+        }
         match view.outcome {
             Outcome::Running => {}
             Outcome::Done { result } => {
@@ -60,7 +67,6 @@ fn bar(kind: &str) -> ProgressBar {
         Ok(style) => bar.set_style(style.progress_chars("=> ")),
         Err(error) => tracing::debug!(%error, "the progress bar's style is wrong"),
     }
-    bar.enable_steady_tick(Duration::from_millis(200));
     bar
 }
 

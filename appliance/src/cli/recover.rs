@@ -99,6 +99,13 @@ fn describe(view: &RecoveryView) {
         })
         .collect();
     render::table(&["DISK", "SIZE", "WRITTEN", "NBD URI"], &rows, &[1, 2]);
+    if view.vm.as_deref() == Some("shut-off") {
+        let name = &view.name;
+        render::line("");
+        render::line(&format!(
+            "its VM is off: `lifeboat start {name}` starts it again, `lifeboat discard {name}` ends it"
+        ));
+    }
 }
 
 pub async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
@@ -114,7 +121,7 @@ pub async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
     let row = |view: &RecoveryView| {
         vec![
             view.name.clone(),
-            view.state.to_string(),
+            if view.problem.is_some() { format!("{} (!)", view.state) } else { view.state.to_string() },
             view.vm.clone().unwrap_or_else(|| "-".to_owned()),
             view.machine.clone(),
             short_id(&view.point).to_owned(),
@@ -123,11 +130,27 @@ pub async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
     };
     let rows: Vec<Vec<String>> = views.iter().map(row).collect();
     render::table(&["RECOVERY", "STATE", "VM", "MACHINE", "POINT", "PID"], &rows, &[]);
+    for view in &views {
+        if let Some(problem) = &view.problem {
+            render::line(&format!("{}: {problem}", view.name));
+        }
+    }
     Ok(())
 }
 
 pub async fn show(door: &Door, global: &Global, args: &Name) -> Result<(), Problem> {
     let view = get(door, &args.name).await?;
+    if global.json {
+        render::json(&view);
+    } else {
+        describe(&view);
+    }
+    Ok(())
+}
+
+pub async fn start(door: &Door, global: &Global, args: &Name) -> Result<(), Problem> {
+    let path = format!("/api/v1/recoveries/{}/start", segment(&args.name));
+    let view: RecoveryView = door.client.call(Method::POST, &path, NOTHING).await?;
     if global.json {
         render::json(&view);
     } else {

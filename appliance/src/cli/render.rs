@@ -7,8 +7,14 @@ use serde::Serialize;
 /// A line on standard output.
 pub fn line(text: &str) {
     use std::io::Write;
-    // A reader that has gone away (`| head`) is not an error.
-    let _ = writeln!(std::io::stdout().lock(), "{text}");
+    match writeln!(std::io::stdout().lock(), "{text}") {
+        // A reader that has gone away (`| head`) is not an error.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            complain(&format!("lifeboat: cannot write the answer: {error}"));
+            std::process::exit(1);
+        }
+        _ => {}
+    }
 }
 
 /// A line on standard error, beside the answer.

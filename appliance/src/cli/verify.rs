@@ -4,7 +4,7 @@ use super::args::{Global, Verify};
 use super::connect::Door;
 use super::{progress, render};
 use crate::catalog::spec::short_id;
-use crate::problem::{Kind, Problem};
+use crate::problem::{Handling, Kind, Problem};
 use crate::verify::{VerifyRequest, VerifyResult};
 
 pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Problem> {
@@ -39,5 +39,6 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
         Kind::Damage,
         format!("damage in {} of the repository", render::count(result.damaged.len() as u64, "object")),
     )
-    .hint("recovery points that are not named still restore; back up the named machines again"))
+    .hint("a backup that meets a damaged chunk stores it anew; points that are not named still restore")
+    .handled(Handling::AnswerTold))
 }

@@ -1,6 +1,7 @@
 //! The virtual machine of a recovery: from what was asked for to what QEMU is started with.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -16,14 +17,19 @@ use crate::problem::Problem;
 /// Least memory a guest is given.
 const MEMORY_MIN: u64 = 16 << 20;
 
+/// Most CPUs a guest is given.
+const CPUS_MAX: u32 = 255;
+
 /// Refuses a request that no machine can be made of, before anything exists.
 pub fn check(request: &RecoverRequest) -> Result<(), Problem> {
     if request.memory < MEMORY_MIN {
         return Err(Problem::usage(format!("{} bytes of memory are too little for a guest", request.memory))
             .hint("give a size such as --memory 2G"));
     }
-    if request.cpus == 0 {
-        return Err(Problem::usage("a guest needs at least one CPU"));
+    if !(1..=CPUS_MAX).contains(&request.cpus) {
+        return Err(
+            Problem::usage(format!("a guest cannot have {} CPUs", request.cpus)).hint(format!("give 1 to {CPUS_MAX}"))
+        );
     }
     parse::<Network>(&request.network)?;
     parse::<Bus>(&request.bus)?;
@@ -61,15 +67,7 @@ pub async fn define(
             bus,
         })
         .collect();
-    let dir = recovery.dir();
-    let files = MachineFiles {
-        console: dir.join("console.log"),
-        qmp: recovery.socket("qmp.sock"),
-        guest_agent: recovery.socket("guest-agent.sock"),
-        log: dir.join("qemu.log"),
-        pid: dir.join("qemu.pid"),
-        uefi_vars: dir.join("uefi-vars.fd"),
-    };
+    let files = files(recovery.dir(), |name| recovery.socket(name));
     Ok(MachineDefinition {
         memory_bytes: request.memory,
         cpus: request.cpus,
@@ -80,6 +78,21 @@ pub async fn define(
         accelerator: parse(&request.accel)?,
         ..MachineDefinition::new(definition.name.clone(), files)
     })
+}
+
+/// The sockets of a recovery, by their names in its folder.
+pub const SOCKETS: [&str; 4] = ["nbd.sock", "qmp.sock", "qmp.sock.ctl", "guest-agent.sock"];
+
+/// Where the machine of the recovery in folder `dir` keeps its files; `socket` tells where a socket lies.
+pub fn files(dir: &Path, socket: impl Fn(&str) -> PathBuf) -> MachineFiles {
+    MachineFiles {
+        console: dir.join("console.log"),
+        qmp: socket("qmp.sock"),
+        guest_agent: socket("guest-agent.sock"),
+        log: dir.join("qemu.log"),
+        pid: dir.join("qemu.pid"),
+        uefi_vars: dir.join("uefi-vars.fd"),
+    }
 }
 
 fn look(disk: &Overlay) -> io::Result<Firmware> {

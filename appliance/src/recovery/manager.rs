@@ -97,18 +97,39 @@ impl Recoveries {
         }
     }
 
-    /// All recoveries, by name.
+    /// All recoveries, by name; those whose journal cannot be read are listed as failed.
     pub fn list(&self) -> Vec<RecoveryView> {
-        self.lock().recoveries.values().map(|recovery| recovery.view()).collect()
+        let known = self.lock();
+        let whole = known.recoveries.values().map(|recovery| recovery.view());
+        let broken = known.broken.iter().map(|(name, problem)| super::broken::view(name, problem));
+        let mut all: Vec<RecoveryView> = whole.chain(broken).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
+    /// Starts the VM of a recovery again after it has ended.
+    pub async fn start_vm(&self, name: &str) -> Result<RecoveryView, Problem> {
+        let recovery = self.get(name)?;
+        recovery.start_again().await?;
+        Ok(recovery.view())
     }
 
     /// One recovery.
     pub fn view(&self, name: &str) -> Result<RecoveryView, Problem> {
+        if let Some(problem) = self.lock().broken.get(name) {
+            return Ok(super::broken::view(name, problem));
+        }
         self.get(name).map(|recovery| recovery.view())
     }
 
     /// Ends a recovery: VM, exports, overlays and sockets go.
     pub async fn discard(&self, name: &str) -> Result<RecoveryView, Problem> {
+        let broken = self.lock().broken.get(name).cloned();
+        if let Some(problem) = broken {
+            super::broken::discard(&self.context.state, name).await?;
+            self.lock().broken.remove(name);
+            return Ok(RecoveryView { state: State::Discarded, ..super::broken::view(name, &problem) });
+        }
         let recovery = self.get(name)?;
         recovery.discard().await?;
         self.lock().recoveries.remove(name);

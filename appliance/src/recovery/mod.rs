@@ -1,6 +1,7 @@
 //! Recoveries: running uses of a recovery point. [`state`] is the pure core, [`journal`] its durable record,
 //! `one` drives a single recovery, [`manager`] knows them all.
 
+mod broken;
 pub mod firmware;
 pub mod journal;
 mod machine;

@@ -255,6 +255,28 @@ impl Recovery {
         self.show(|shown| shown.problem = Some(problem.to_string()));
     }
 
+    /// Starts the VM again on what it has written, after it has shut itself down or the host has crashed.
+    pub async fn start_again(self: &Arc<Self>) -> Result<(), Problem> {
+        let mut driver = self.driver.lock().await;
+        let name = &self.definition.name;
+        let refuse = |why: &str| Err(Problem::refused(format!("the VM of recovery {name} cannot be started: {why}")));
+        if driver.state != State::Running || driver.serving.is_none() {
+            return refuse(&format!("the recovery is {}, and its disks are not served", driver.state));
+        }
+        let Some(machine) = driver.machine.clone() else { return refuse("it was recovered without one") };
+        self.adopt(&mut driver).await;
+        if self.lock().vm.as_deref() != Some("shut-off") {
+            return refuse("it has not ended");
+        }
+        let vm = QemuHypervisor
+            .start(&machine)
+            .await
+            .map_err(|error| Problem::failed(format!("cannot start the VM of recovery {name}"), &error))?;
+        self.have_vm(&mut driver, vm);
+        self.watch(&mut driver);
+        Ok(())
+    }
+
     /// Stops the VM and takes away everything the recovery holds.
     pub async fn discard(self: &Arc<Self>) -> Result<(), Problem> {
         let mut driver = self.driver.lock().await;
@@ -446,7 +468,7 @@ impl Recovery {
             Problem::failed(format!("cannot remove all of recovery {}", self.definition.name), error)
                 .hint(format!("see what is in the way in {} and discard it again", self.dir.display()))
         };
-        for name in ["nbd.sock", "qmp.sock", "qmp.sock.ctl", "guest-agent.sock"] {
+        for name in super::machine::SOCKETS {
             remove_file_if_there(&self.socket(name)).map_err(|error| cannot(&error))?;
         }
         // The journal goes last: as long as it is there, a restart finishes what is begun here.
