@@ -484,6 +484,29 @@ fn what_was_cut_off_is_an_error_and_never_zeroes() {
 }
 
 #[test]
+fn what_was_cut_off_is_not_left_to_qemu() {
+    if !qemu_img_is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    raw_disk(&dir, "a.raw", 4 * MIB, 15);
+    let path = dir.path().join("cut.qcow2");
+    for options in
+        ["data_file=data.raw", "data_file=data.raw,data_file_raw=on", "compression_type=zstd", "extended_l2=on"]
+    {
+        qemu_img(&dir, &["convert", "-O", "qcow2", "-o", options, "a.raw", "cut.qcow2"]);
+        assert!(matches!(open(&path).err(), Some(OpenError::Unsupported { .. })), "{options}: it is whole");
+        let whole = fs::read(&path).unwrap();
+        let level_1 = usize::try_from(u64::from_be_bytes(whole[40..48].try_into().unwrap())).unwrap();
+        for length in [100, 512, 65_536, level_1, level_1 + 7] {
+            fs::write(&path, &whole[..length]).unwrap();
+            let error = open(&path).err();
+            assert!(matches!(error, Some(OpenError::Damaged { .. })), "{options}, {length} bytes: {error:?}");
+        }
+    }
+}
+
+#[test]
 fn a_raw_backing_file_is_raw_whatever_a_guest_wrote_to_it() {
     if !qemu_img_is_here() {
         return;

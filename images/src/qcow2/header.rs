@@ -2,7 +2,8 @@
 //! "General" and "Header extensions".
 //!
 //! The library reads the image; this decides whether it may: what it would refuse is named, so that the caller can turn
-//! to QEMU, and what would make it read zeroes where a table is cut off is called damage.
+//! to QEMU, and what would make it read zeroes where a table is cut off is called damage. That comes first: QEMU, too,
+//! reads what is past the end of a file as zeroes.
 
 use std::io;
 
@@ -22,6 +23,15 @@ const MAX_EXTENSIONS: usize = 64;
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const MAX_BACKING_FORMAT: u32 = 63;
+/// What stands in the way of the library, by bit of the incompatible features.
+const FEATURES: [&str; 5] = [
+    "not closed cleanly",
+    "marked as corrupt",
+    "an external data file",
+    "another compression than zlib",
+    "extended level 2 entries",
+];
+const EXTENDED_L2: u64 = 1 << 4;
 const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 #[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
@@ -105,27 +115,25 @@ pub fn read(file: &Raw) -> Result<Header, HeaderError> {
         return corrupt(format!("clusters of 2^{} bytes", raw.cluster_bits));
     }
     let cluster_size = 1_u64 << raw.cluster_bits.get();
-    let extensions_at = match raw.version.get() {
-        2 => size_of::<RawHeader>() as u64,
+    let (extensions_at, features) = match raw.version.get() {
+        2 => (size_of::<RawHeader>() as u64, 0),
         3 => check_version_3(file, cluster_size)?,
         version => return Err(HeaderError::Unsupported(format!("version {version}"))),
     };
-    match raw.crypt_method.get() {
-        0 => {}
-        1 => return Err(HeaderError::Unsupported("encrypted (AES)".to_owned())),
-        2 => return Err(HeaderError::Unsupported("encrypted (LUKS)".to_owned())),
-        method => return Err(HeaderError::Unsupported(format!("encryption method {method}"))),
-    }
     if i64::try_from(raw.size.get()).is_err() {
         return corrupt(format!("a disk of {} bytes", raw.size));
     }
-    check_tables(file, &raw, cluster_size)?;
+    check_tables(file, &raw, cluster_size, if features & EXTENDED_L2 == 0 { 8 } else { 16 })?;
+    if let Some(reason) = for_qemu(features, raw.crypt_method.get()) {
+        check_reference_counts(file, &raw, cluster_size)?;
+        return Err(HeaderError::Unsupported(reason));
+    }
     let backing = backing(file, &raw, extensions_at, cluster_size)?;
     Ok(Header { size: raw.size.get(), cluster_size, backing })
 }
 
-/// Returns where the header extensions start.
-fn check_version_3(file: &Raw, cluster_size: u64) -> Result<u64, HeaderError> {
+/// Returns where the header extensions start and the incompatible features, all of which are known.
+fn check_version_3(file: &Raw, cluster_size: u64) -> Result<(u64, u64), HeaderError> {
     let mut bytes = [0; size_of::<RawHeader3>()];
     if file.size() < 104 {
         return corrupt("shorter than a qcow2 header");
@@ -133,22 +141,9 @@ fn check_version_3(file: &Raw, cluster_size: u64) -> Result<u64, HeaderError> {
     file.read_at(size_of::<RawHeader>() as u64, &mut bytes)?;
     let Ok(raw) = RawHeader3::read_from_bytes(&bytes) else { return corrupt("shorter than a qcow2 header") };
     let features = raw.incompatible_features.get();
-    let names = [
-        "not closed cleanly",
-        "marked as corrupt",
-        "an external data file",
-        "another compression than zlib",
-        "extended level 2 entries",
-    ];
-    let named: Vec<String> = (0..64_u32)
-        .filter(|bit| features >> bit & 1 == 1)
-        .map(|bit| {
-            let name = usize::try_from(bit).ok().and_then(|bit| names.get(bit));
-            name.map_or_else(|| format!("unknown feature {bit}"), |name| (*name).to_owned())
-        })
-        .collect();
-    if !named.is_empty() {
-        return Err(HeaderError::Unsupported(named.join(", ")));
+    if features >> FEATURES.len() != 0 {
+        // What else the header says may mean something else then.
+        return Err(HeaderError::Unsupported(feature_names(features)));
     }
     if raw.refcount_order.get() > 6 {
         return corrupt(format!("reference counts of 2^{} bits", raw.refcount_order));
@@ -157,16 +152,49 @@ fn check_version_3(file: &Raw, cluster_size: u64) -> Result<u64, HeaderError> {
     if length < 104 || length > cluster_size || !length.is_multiple_of(8) {
         return corrupt(format!("a header of {length} bytes"));
     }
-    Ok(length)
+    Ok((length, features))
+}
+
+fn feature_names(features: u64) -> String {
+    let set = (0..64_u32).filter(|bit| features >> bit & 1 == 1);
+    let names = set.map(|bit| {
+        let name = usize::try_from(bit).ok().and_then(|bit| FEATURES.get(bit));
+        name.map_or_else(|| format!("unknown feature {bit}"), |name| (*name).to_owned())
+    });
+    names.collect::<Vec<_>>().join(", ")
+}
+
+/// Why an image is QEMU's to read.
+fn for_qemu(features: u64, crypt_method: u32) -> Option<String> {
+    match (features, crypt_method) {
+        (0, 0) => None,
+        (0, 1) => Some("encrypted (AES)".to_owned()),
+        (0, 2) => Some("encrypted (LUKS)".to_owned()),
+        (0, method) => Some(format!("encryption method {method}")),
+        (features, _) => Some(feature_names(features)),
+    }
+}
+
+/// Here they are not read, but QEMU needs them; where they begin past the end of the file, it has been cut off.
+fn check_reference_counts(file: &Raw, raw: &RawHeader, cluster_size: u64) -> Result<(), HeaderError> {
+    let offset = raw.refcount_table_offset.get();
+    let clusters = raw.refcount_table_clusters.get();
+    // The last cluster of a file may end early.
+    let last = u64::from(clusters.saturating_sub(1)) * cluster_size;
+    let inside = offset.checked_add(last).is_some_and(|last| last < file.size());
+    if !(offset.is_multiple_of(cluster_size) && inside) {
+        return corrupt("the table of reference counts is not inside the file");
+    }
+    Ok(())
 }
 
 /// Every level 2 table must be inside the file: one that is cut off would read as "nothing stored here".
-fn check_tables(file: &Raw, raw: &RawHeader, cluster_size: u64) -> Result<(), HeaderError> {
+fn check_tables(file: &Raw, raw: &RawHeader, cluster_size: u64, l2_entry: u64) -> Result<(), HeaderError> {
     let (entries, offset) = (raw.l1_size.get(), raw.l1_table_offset.get());
     if entries > MAX_L1_ENTRIES {
         return corrupt(format!("a level 1 table of {entries} entries"));
     }
-    let per_entry = cluster_size * (cluster_size / 8);
+    let per_entry = cluster_size * (cluster_size / l2_entry);
     if raw.size.get().div_ceil(per_entry) > u64::from(entries) {
         return corrupt(format!("a level 1 table of {entries} entries, too small for {} bytes", raw.size));
     }
@@ -251,10 +279,13 @@ mod tests {
     /// An image of 1 GiB with one level 2 table, its fields as the change leaves them.
     fn header(change: impl FnOnce(&mut Vec<u8>)) -> Result<Header, HeaderError> {
         let mut bytes = vec![0; 4 * CLUSTER];
-        for (at, value) in [(0, MAGIC), (4, 3), (20, 16), (36, 2), (96, 4), (100, 104)] {
+        for (at, value) in [(0, MAGIC), (4, 3), (20, 16), (36, 4), (56, 1), (96, 4), (100, 104)] {
             bytes[at..at + 4].copy_from_slice(&u32::to_be_bytes(value));
         }
-        for (at, value) in [(24, 1 << 30), (40, CLUSTER as u64), (CLUSTER, (2 * CLUSTER as u64) | (1 << 63))] {
+        let reference_counts = 3 * CLUSTER as u64;
+        for (at, value) in
+            [(24, 1 << 30), (40, CLUSTER as u64), (48, reference_counts), (CLUSTER, (2 * CLUSTER as u64) | (1 << 63))]
+        {
             bytes[at..at + 8].copy_from_slice(&u64::to_be_bytes(value));
         }
         change(&mut bytes);
@@ -315,6 +346,50 @@ mod tests {
                 other => panic!("{expected}: {other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn what_is_cut_off_is_damage_even_if_it_is_for_qemu() {
+        type Change = fn(&mut Vec<u8>);
+        let changes: [(&str, Change); 8] = [
+            ("the header", |bytes| bytes.truncate(103)),
+            ("the level 1 table", |bytes| bytes.truncate(CLUSTER + 31)),
+            ("all but the header", |bytes| bytes.truncate(CLUSTER)),
+            ("a level 2 table", |bytes| bytes.truncate(3 * CLUSTER - 1)),
+            ("the reference counts", |bytes| bytes.truncate(3 * CLUSTER)),
+            ("the reference counts, far", |bytes| set(bytes, 48, 1 << 40)),
+            ("the reference counts, at no offset", |bytes| set(bytes, 48, u64::MAX << 16)),
+            ("more reference counts than the file holds", |bytes| bytes[59] = 3),
+        ];
+        for (at, value) in [(35, 1), (35, 2), (79, 1), (79, 4), (79, 8), (79, 16), (79, 20)] {
+            for (what, change) in changes {
+                let result = header(|bytes| {
+                    bytes[at] = value;
+                    change(bytes);
+                });
+                assert!(matches!(result, Err(HeaderError::Corrupt(_))), "{what}, {at} is {value}: {result:?}");
+            }
+            let tail = header(|bytes| {
+                bytes[at] = value;
+                bytes.truncate(3 * CLUSTER + 512);
+            });
+            assert!(matches!(tail, Err(HeaderError::Unsupported(_))), "the last cluster may end early: {tail:?}");
+        }
+        // An entry of the extended kind leads to half as much.
+        let small = |value: u8| {
+            header(|bytes| {
+                bytes[39] = 2;
+                bytes[79] = value;
+            })
+        };
+        assert!(matches!(small(8), Err(HeaderError::Unsupported(_))));
+        assert!(matches!(small(16), Err(HeaderError::Corrupt(_))));
+        // What an unknown feature changes is not known.
+        let unknown = header(|bytes| {
+            bytes[79] = 32;
+            bytes.truncate(CLUSTER);
+        });
+        assert!(matches!(unknown, Err(HeaderError::Unsupported(_))), "{unknown:?}");
     }
 
     #[test]
