@@ -35,7 +35,7 @@ measure_open() {
             start_export "$place/huge-state.$key.$round" "${huge_key[@]}" huge
             note "open.$key" "$(calculate "$served_after * 1000")"
             note "open-memory.$key" "$(memory_peak_mib "$pid")"
-            run_fio "huge-read.$key" "$pid" "$uri" randread-32 "$round"
+            run_fio "huge-read.$key" "$pid" "$uri" randread-32 "$round" 0 "$(stat -c %s "$huge")"
             note "read-memory.$key" "$(memory_peak_mib "$pid")"
             stop "$pid"
         done
