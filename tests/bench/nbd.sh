@@ -60,8 +60,8 @@ start_server() {
 # Hundredths of a second of processor time that a process has used.
 processor_ticks() { awk '{ sub(/^.*\) /, ""); print $12 + $13 }' "/proc/$1/stat"; }
 
-# Random writes with a sync after every 32, as a log for fio to replay: its own option (3.33 to 3.37) sends more syncs
-# the longer one takes, which is another load for each server.
+# Random writes with a sync after every 32, as a log for fio to replay: the option of fio 3.33 sends more syncs the
+# longer one takes, which is another load for each server.
 write_iolog() {
     awk -v seed="$1" -v from="$2" -v bytes="$3" -v count="$((60000 * seconds))" '
         BEGIN { srand(seed); blocks = bytes / 4096
