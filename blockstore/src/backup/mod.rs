@@ -69,7 +69,7 @@ pub enum BackupError {
         /// Why.
         source: io::Error,
     },
-    /// The parent's manifest cannot be read; a backup without parent is possible.
+    /// The parent cannot be used. A manifest that cannot be read is no reason: the backup goes on without it.
     #[error("cannot read the parent recovery point")]
     Parent(#[source] ReadError),
     /// The index cannot be read.
@@ -213,10 +213,11 @@ impl Backup {
         let chunk_size = self.read.fetcher.config.chunk_size;
         let shape = Shape::of(size, chunk_size).ok_or(refuse("it is too large"))?;
         let parent = self.parent.as_ref().and_then(|parent| parent.disk(name));
-        let parent = match parent {
-            Some(disk) => Some(ManifestReader::new(self.read.clone(), disk).map_err(BackupError::Parent)?),
-            None => None,
-        };
+        let parent = parent.and_then(|disk| {
+            let opened = ManifestReader::new(self.read.clone(), disk);
+            let note = |error: &ReadError| warn!(disk = name, %error, "the parent cannot be read, the backup goes on without it");
+            opened.inspect_err(note).ok()
+        });
         self.shared.progress.add_total(size);
         let capture = Capture { name, source, size, shape, parent: parent.as_ref(), shared: &self.shared };
         let (root, mut stats) = capture.run(writer)?;

@@ -13,6 +13,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use tracing::warn;
+
 use super::source::Source;
 use super::writer::{Shared, Writer};
 use super::{BackupError, DiskStats};
@@ -69,6 +71,8 @@ struct Dispenser {
     /// The data range found last, in bytes.
     data: Option<Range<u64>>,
     leaf: Option<(u64, Node)>,
+    /// The parent's manifest turned out to be unreadable.
+    parent_lost: bool,
 }
 
 struct Order {
@@ -100,7 +104,7 @@ impl Capture<'_> {
     /// Captures the disk and returns its root.
     pub fn run(&self, writer: &mut Writer) -> Result<(ChunkId, DiskStats), BackupError> {
         let workers = thread::available_parallelism().map_or(2, |cores| cores.get().min(32));
-        let dispenser = Mutex::new(Dispenser { number: 0, chunk: 0, data: None, leaf: None });
+        let dispenser = Mutex::new(Dispenser { number: 0, chunk: 0, data: None, leaf: None, parent_lost: false });
         let window = Window {
             order: Mutex::new(Order { done: BTreeMap::new(), next: 0, units: None, buffers: Vec::new() }),
             changed: Condvar::new(),
@@ -204,18 +208,27 @@ impl Capture<'_> {
         let leaf_end = (start / FAN_OUT + 1) * FAN_OUT;
         let end = data_end.min(leaf_end).min(start + (UNIT_BYTES / size).max(1));
         at.chunk = end;
-        let leaf = self.parent_leaf(at, start / FAN_OUT)?;
+        let leaf = self.parent_leaf(at, start / FAN_OUT);
         Ok(Some(Unit { number, chunks: start..end, hole: false, leaf }))
     }
 
-    fn parent_leaf(&self, at: &mut Dispenser, leaf: u64) -> Result<Node, BackupError> {
-        let Some(parent) = self.parent else { return Ok(Node::ZERO) };
-        match &at.leaf {
-            Some((known, node)) if *known == leaf => Ok(node.clone()),
-            _ => {
-                let node = parent.leaf(leaf).map_err(BackupError::Parent)?;
+    /// The parent's leaf; zero once the parent cannot be read, so that everything is looked up in the index.
+    fn parent_leaf(&self, at: &mut Dispenser, leaf: u64) -> Node {
+        let Some(parent) = self.parent.filter(|_| !at.parent_lost) else { return Node::ZERO };
+        if let Some((known, node)) = &at.leaf
+            && *known == leaf
+        {
+            return node.clone();
+        }
+        match parent.leaf(leaf) {
+            Ok(node) => {
                 at.leaf = Some((leaf, node.clone()));
-                Ok(node)
+                node
+            }
+            Err(error) => {
+                warn!(disk = self.name, error = %error, "the parent cannot be read, the backup goes on without it");
+                at.parent_lost = true;
+                Node::ZERO
             }
         }
     }
@@ -350,7 +363,7 @@ impl Capture<'_> {
         node: &[u8],
     ) -> Result<ChunkId, BackupError> {
         let id = self.shared.fetcher.keyring.node_id(level, node);
-        if self.shared.claim(&id) {
+        if self.shared.claim_node(&id, level) {
             let mut compressor = Compressor::new(ZSTD_LEVEL).map_err(BackupError::Threads)?;
             let (bytes, compressed) = compressor.compress(node);
             let payload = Payload { id, bytes, plain_len: NODE_LEN, compressed, level };

@@ -48,6 +48,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub fn new(fetcher: Arc<Fetcher>, progress: Arc<Progress>) -> io::Result<Shared> {
+        fetcher.damaged.load(&*fetcher.storage)?; // what other processes found, and what was put right
         Ok(Shared {
             lost: lost_packs(&fetcher)?,
             fetcher,
@@ -61,23 +62,46 @@ impl Shared {
         })
     }
 
-    /// Whether a chunk is in a pack that exists. What a lost pack held is stored anew while the source has it.
+    /// Whether a chunk is in a pack that exists and is not known to be damaged. What other packs held is stored anew
+    /// while the source has it.
     pub fn is_stored(&self, id: &ChunkId) -> bool {
         let index = &self.fetcher.index;
-        if self.lost.is_empty() {
+        if self.trusts_all() {
             return index.contains(id);
         }
-        index.locate(id).iter().any(|location| !self.lost.contains(&location.pack.pack))
+        let gone = |pack| self.lost.contains(pack) || self.fetcher.damaged.contains(pack);
+        index.locate(id).iter().any(|location| !gone(&location.pack.pack))
+    }
+
+    /// Whether no pack is known to be missing, cut or damaged.
+    fn trusts_all(&self) -> bool {
+        self.lost.is_empty() && self.fetcher.damaged.is_empty()
     }
 
     /// Whether a chunk that is as in the parent need not be looked up.
     pub fn trusts_parent(&self, id: &ChunkId) -> bool {
-        self.lost.is_empty() || self.is_stored(id)
+        self.trusts_all() || self.is_stored(id)
     }
 
     /// Whether the caller must store this chunk: nobody has, and it is now the caller's.
     pub fn claim(&self, id: &ChunkId) -> bool {
-        !self.is_stored(id) && self.claims_of(id).is_some_and(|mut ids| ids.insert(*id))
+        !self.is_stored(id) && self.take(id)
+    }
+
+    /// Whether the caller must store this manifest node. One that is said to be stored is read: a point whose
+    /// manifest cannot be read is worth nothing, and there is only one node for every 512 chunks.
+    pub fn claim_node(&self, id: &ChunkId, level: u8) -> bool {
+        if self.is_stored(id) {
+            match self.fetcher.node(id, level) {
+                Ok(_) => return false,
+                Err(error) => warn!(node = %id, %error, "a stored manifest node cannot be read and is stored anew"),
+            }
+        }
+        self.take(id)
+    }
+
+    fn take(&self, id: &ChunkId) -> bool {
+        self.claims_of(id).is_some_and(|mut ids| ids.insert(*id))
     }
 
     fn claims_of(&self, id: &ChunkId) -> Option<std::sync::MutexGuard<'_, HashSet<ChunkId, IdHash>>> {

@@ -32,6 +32,17 @@ pub(crate) struct Index {
     repository: RepositoryId,
     set: RwLock<Arc<Set>>,
     repair: Mutex<repair::Repair>,
+    set_aside: Mutex<Vec<SetAside>>,
+}
+
+/// A damaged run that is used no more.
+#[derive(Debug)]
+pub(crate) struct SetAside {
+    pub run: RunId,
+    /// What is wrong with it.
+    pub reason: FormatError,
+    /// Whether it stands under its other name now; else it is still in the way, for others to find.
+    pub kept: bool,
 }
 
 /// The runs at one moment.
@@ -51,7 +62,13 @@ struct Loaded {
 impl Index {
     /// Opens all runs. Damaged ones are set aside and rebuilt.
     pub fn open(storage: Arc<dyn Storage>, repository: RepositoryId) -> Result<Index, ReadError> {
-        let index = Index { storage, repository, set: RwLock::default(), repair: Mutex::default() };
+        let index = Index {
+            storage,
+            repository,
+            set: RwLock::default(),
+            repair: Mutex::default(),
+            set_aside: Mutex::default(),
+        };
         let loaded = index.load()?;
         index.change(|runs| *runs = loaded.runs);
         if !loaded.damaged.is_empty() {

@@ -9,7 +9,7 @@ use tracing::{info, warn};
 
 use super::build::{RunBuilder, describe_pack};
 use super::run::Run;
-use super::{Index, insert};
+use super::{Index, SetAside, insert};
 use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::pack::{FOOTER_LEN, Footer, HEADER_LEN, Header, MAX_PACK_LEN};
@@ -80,6 +80,11 @@ impl Index {
         self.rebuild(&mut repair, Reach::Uncovered).map(drop)
     }
 
+    /// The damaged runs that were found since this was called last.
+    pub fn take_set_aside(&self) -> Vec<SetAside> {
+        std::mem::take(&mut *self.set_aside.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Order: the copy under the other name first, then the deletion; the bytes are never gone in between.
     fn set_aside(&self, damaged: &[(RunId, FormatError)]) {
         for (id, reason) in damaged {
@@ -93,8 +98,11 @@ impl Index {
                 Ok(()) => {
                     warn!(%object, %reason, "damaged index run set aside; its entries are rebuilt from the packs")
                 }
-                Err(error) => warn!(%object, %reason, %error, "damaged index run left out, it cannot be set aside"),
+                Err(ref error) => warn!(%object, %reason, %error, "damaged index run left out, it cannot be set aside"),
             }
+            let mut set_aside = self.set_aside.lock().unwrap_or_else(PoisonError::into_inner);
+            set_aside.retain(|known| known.run != *id);
+            set_aside.push(SetAside { run: *id, reason: reason.clone(), kept: kept.is_ok() });
         }
         if !damaged.is_empty() {
             self.change(|runs| runs.retain(|run| !damaged.iter().any(|(id, _)| *id == run.id)));

@@ -15,6 +15,7 @@ use crate::index::Index;
 use crate::index::run::Location;
 use crate::keys::{Cipher, Keyring, frame_nonce};
 use crate::manifest::{NODE_LEN, Node};
+use crate::pack::damaged::DamagedPacks;
 use crate::storage::{Object, Storage};
 
 /// Neighbours in a pack are read together up to this many bytes.
@@ -30,6 +31,7 @@ pub(crate) struct Fetcher {
     pub keyring: Arc<Keyring>,
     pub index: Arc<Index>,
     pub config: Config,
+    pub damaged: DamagedPacks,
 }
 
 /// What is wanted: decides length and hash.
@@ -82,6 +84,10 @@ impl Fetcher {
                 }
             }
             if tries >= TRIES_MAX || !self.index.repair(seen)? {
+                // Only now: a bad frame may have been the fault of a damaged index run, which is out of use by now.
+                if let ReadError::CorruptChunk { pack, .. } = &error {
+                    self.damaged.mark(&*self.storage, *pack);
+                }
                 return Err(error);
             }
         }

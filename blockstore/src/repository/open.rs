@@ -14,6 +14,7 @@ use crate::format::{Encryption, FormatError};
 use crate::id::{RepositoryId, SlotId};
 use crate::index::Index;
 use crate::keys::{Keyring, MasterKey, Protection, Secret, Unwrapped, check_slot, random};
+use crate::pack::damaged::DamagedPacks;
 use crate::pack::fetch::Fetcher;
 use crate::storage::{Object, ObjectKind, Storage};
 
@@ -170,7 +171,8 @@ impl Repository {
             (Encryption::Aes256Gcm, Some(secret)) => Keyring::derive(&unlock(&*storage, &config, &slots, secret)?),
         };
         let index = Index::open(storage.clone(), config.repository).map_err(OpenError::Index)?;
-        let fetcher = Fetcher { storage, keyring: Arc::new(keyring), index: Arc::new(index), config };
+        let damaged = DamagedPacks::default();
+        let fetcher = Fetcher { storage, keyring: Arc::new(keyring), index: Arc::new(index), config, damaged };
         Ok(Repository::of(fetcher, cache_bytes))
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! Structure: configuration, key slots, every index run as a whole, every recovery point, every manifest node, and
 //! for every chunk that it has a place inside an existing pack of the right length. With `read_data`, every frame of
-//! every referenced pack is read, opened and hashed, and every such pack is hashed. Damaged index runs are reported,
-//! and rebuilt so that the check can go on.
+//! every referenced pack is read, opened and hashed, and every such pack is hashed. A pack that fails this is marked in
+//! the repository, so that later backups store its chunks anew; once they have, nothing needs the pack and it is no
+//! damage any more. Damaged index runs are rebuilt, and reported as repaired.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
@@ -12,12 +13,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use tracing::info;
+
 use super::Repository;
 use super::open::{OpenError, read_config, read_slot};
 use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::pack::{MAX_PACK_LEN, decode_pack};
 use crate::id::{ChunkId, IdHash, PackId, RecoveryPointId, RunId};
+use crate::index::SetAside;
 use crate::index::build::describe_pack;
 use crate::index::run::Location;
 use crate::manifest::{FAN_OUT, Shape};
@@ -69,8 +73,11 @@ pub struct VerifyReport {
     pub bytes_read: u64,
     /// Packs that no verified recovery point needs. Not damage: what a dead backup or a dropped point left.
     pub unreferenced: u64,
-    /// Everything that is damaged.
+    /// Everything that is damaged, each object once.
     pub damaged: Vec<Damage>,
+    /// What was damaged and has been rebuilt, by this verification or since the repository was opened. No damage any
+    /// more.
+    pub repaired: Vec<Damage>,
 }
 
 impl VerifyReport {
@@ -91,14 +98,15 @@ pub enum VerifyError {
     Cancelled,
 }
 
-/// One damage as it is collected: equal ones are one, with more affected.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Finding {
-    object: Object,
-    what: String,
-}
+/// Damage as it is collected: what is wrong with each object, said once, and whom it hits.
+type Findings = BTreeMap<Object, (String, BTreeSet<Affected>)>;
 
-type Findings = BTreeMap<Finding, BTreeSet<Affected>>;
+/// A pack whose bytes are not those that were written.
+struct Rotten {
+    what: String,
+    /// Chunks and nodes that cannot be read from it.
+    bad: HashSet<ChunkId, IdHash>,
+}
 
 struct Verifier<'a> {
     repository: &'a Repository,
@@ -106,11 +114,16 @@ struct Verifier<'a> {
     /// Lengths of the packs that exist.
     packs: HashMap<PackId, u64>,
     findings: Findings,
-    /// Nodes walked, and what was found below them.
-    walked: HashMap<(u8, ChunkId), Vec<Finding>>,
+    /// What the last walk found; the next one finds it again.
+    walk_findings: Findings,
+    /// Nodes walked, and what was found damaged below them.
+    walked: HashMap<(u8, ChunkId), Vec<Object>>,
+    /// Packs the last walk needs.
     referenced: HashSet<PackId>,
-    /// Chunks whose frames are bad; filled by reading the data.
-    bad: HashMap<ChunkId, Finding, IdHash>,
+    /// Packs read whole.
+    read: HashSet<PackId>,
+    /// Those of them that are damaged.
+    rotten: HashMap<PackId, Rotten>,
     report: VerifyReport,
 }
 
@@ -122,22 +135,23 @@ impl Repository {
             progress,
             packs: self.list_packs()?,
             findings: Findings::new(),
+            walk_findings: Findings::new(),
             walked: HashMap::new(),
             referenced: HashSet::new(),
-            bad: HashMap::default(),
+            read: HashSet::new(),
+            rotten: HashMap::new(),
             report: VerifyReport::default(),
         };
+        let damaged = &self.fetcher().damaged;
+        damaged.load(self.storage()).map_err(|source| ReadError::Io { object: "damaged".to_owned(), source })?;
         verifier.check_head()?;
         verifier.check_index()?;
         let points = verifier.load_points(options.point)?;
         verifier.walk_all(&points)?;
         if options.read_data {
-            verifier.read_data()?;
-            if !verifier.bad.is_empty() {
-                verifier.walked.clear(); // once more, to learn whom the bad chunks hit
-                let (nodes, chunks) = (verifier.report.nodes, verifier.report.chunks);
+            // Where a pack turns out to be damaged, the points may need others in its place: look once more.
+            while verifier.read_data()? {
                 verifier.walk_all(&points)?;
-                (verifier.report.nodes, verifier.report.chunks) = (nodes, chunks);
             }
         }
         Ok(verifier.finish())
@@ -157,15 +171,20 @@ impl Repository {
 impl Verifier<'_> {
     fn finish(mut self) -> VerifyReport {
         self.report.unreferenced = self.packs.keys().filter(|pack| !self.referenced.contains(pack)).count() as u64;
-        self.report.damaged = self
-            .findings
-            .into_iter()
-            .map(|(finding, affected)| Damage {
-                object: finding.object,
-                what: finding.what,
-                affected: affected.into_iter().collect(),
-            })
-            .collect();
+        let mut findings = self.findings;
+        for (object, (what, affected)) in self.walk_findings {
+            findings.entry(object).or_insert((what, BTreeSet::new())).1.extend(affected);
+        }
+        // Damaged, though all that is needed of it can be read.
+        for (pack, rotten) in self.rotten.into_iter().filter(|(pack, _)| self.referenced.contains(pack)) {
+            findings.entry(Object::Pack(pack)).or_insert((rotten.what, BTreeSet::new()));
+        }
+        let damage = |(object, (what, affected)): (Object, (String, BTreeSet<Affected>))| Damage {
+            object,
+            what,
+            affected: affected.into_iter().collect(),
+        };
+        self.report.damaged = findings.into_iter().map(damage).collect();
         self.report
     }
 
@@ -173,10 +192,14 @@ impl Verifier<'_> {
         if self.progress.is_cancelled() { Err(VerifyError::Cancelled) } else { Ok(()) }
     }
 
-    fn note(&mut self, object: Object, what: impl fmt::Display) -> Finding {
-        let finding = Finding { object, what: what.to_string() };
-        self.findings.entry(finding.clone()).or_default();
-        finding
+    fn note(&mut self, object: Object, what: impl fmt::Display) {
+        self.findings.entry(object).or_insert_with(|| (what.to_string(), BTreeSet::new()));
+    }
+
+    /// Notes what a walk finds.
+    fn note_below(&mut self, object: Object, what: impl fmt::Display) -> Object {
+        self.walk_findings.entry(object).or_insert_with(|| (what.to_string(), BTreeSet::new()));
+        object
     }
 
     /// Configuration and key slots.
@@ -185,7 +208,7 @@ impl Verifier<'_> {
         let config = self.repository.fetcher().config;
         match read_config(storage) {
             Ok(read) if read == config => {}
-            Ok(_) => drop(self.note(Object::Config, "it is not the one this repository was opened with")),
+            Ok(_) => self.note(Object::Config, "it is not the one this repository was opened with"),
             Err(error) => self.note_open(Object::Config, error)?,
         }
         let slots = storage.list(ObjectKind::KeySlot);
@@ -220,11 +243,17 @@ impl Verifier<'_> {
                 damaged.push((run.id, FormatError::Name));
             }
         }
-        for (id, reason) in &damaged {
-            self.note(Object::IndexRun(*id), format!("{reason}; it was set aside and rebuilt from the packs"));
-        }
         if !damaged.is_empty() {
             index.replace_damaged(damaged)?;
+        }
+        for SetAside { run, reason, kept } in index.take_set_aside() {
+            let object = Object::IndexRun(run);
+            if kept {
+                let what = format!("{reason}; it was set aside and rebuilt from the packs");
+                self.report.repaired.push(Damage { object, what, affected: Vec::new() });
+            } else {
+                self.note(object, format!("{reason}; it is not used, but could not be set aside"));
+            }
         }
         Ok(())
     }
@@ -242,7 +271,7 @@ impl Verifier<'_> {
                     self.progress.add_total(point.disks.iter().map(|disk| disk.size).sum());
                     points.push(point);
                 }
-                Err(ReadError::Damaged { object, source }) => drop(self.note(object, source)),
+                Err(ReadError::Damaged { object, source }) => self.note(object, source),
                 Err(ReadError::NoSuchPoint { .. }) if only.is_none() => {} // dropped since the listing
                 Err(error) => return Err(error.into()),
             }
@@ -252,22 +281,31 @@ impl Verifier<'_> {
     }
 
     fn walk_all(&mut self, points: &[RecoveryPoint]) -> Result<(), VerifyError> {
+        self.walk_findings.clear();
+        self.walked.clear();
+        self.referenced.clear();
+        (self.report.nodes, self.report.chunks) = (0, 0);
+        let again = !self.read.is_empty();
         for point in points {
             for disk in &point.disks {
                 let Some(shape) = Shape::of(disk.size, disk.chunk_size) else { continue }; // refused when loaded
                 let hit = self.walk(disk.root, shape.levels - 1, point.id)?;
                 let affected = Affected { point: point.id, disk: disk.name.clone() };
-                for finding in hit {
-                    self.findings.entry(finding).or_default().insert(affected.clone());
+                for object in hit {
+                    if let Some((_, hit)) = self.walk_findings.get_mut(&object) {
+                        hit.insert(affected.clone());
+                    }
                 }
-                self.progress.add_done(disk.size);
+                if !again {
+                    self.progress.add_done(disk.size);
+                }
             }
         }
         Ok(())
     }
 
     /// Walks a subtree not walked yet and returns what is damaged in it. At most 7 levels deep.
-    fn walk(&mut self, id: ChunkId, level: u8, point: RecoveryPointId) -> Result<Vec<Finding>, VerifyError> {
+    fn walk(&mut self, id: ChunkId, level: u8, point: RecoveryPointId) -> Result<Vec<Object>, VerifyError> {
         if id.is_zero() {
             return Ok(Vec::new());
         }
@@ -303,42 +341,50 @@ impl Verifier<'_> {
         Ok(found)
     }
 
-    fn node_damage(&mut self, id: ChunkId, point: RecoveryPointId, error: ReadError) -> Result<Finding, VerifyError> {
+    fn node_damage(&mut self, id: ChunkId, point: RecoveryPointId, error: ReadError) -> Result<Object, VerifyError> {
         match error {
             ReadError::CorruptChunk { pack, .. } => {
-                Ok(self.note(Object::Pack(pack), format!("manifest node {id} in it is damaged")))
+                Ok(self.note_below(Object::Pack(pack), format!("manifest node {id} in it is damaged")))
             }
             ReadError::MissingChunk { .. } => {
-                Ok(self.note(Object::Point(point), format!("its node {id} is in no pack")))
+                Ok(self.note_below(Object::Point(point), format!("its node {id} is in no pack")))
             }
             error => Err(error.into()),
         }
     }
 
-    /// Whether an id has a place in a pack that exists at the right length; else what is wrong.
-    fn look_up(&mut self, id: ChunkId, point: RecoveryPointId) -> Result<Vec<Finding>, VerifyError> {
-        if let Some(bad) = self.bad.get(&id) {
-            return Ok(vec![bad.clone()]);
-        }
+    /// Whether an id has a place in a pack that exists at the right length and is not known to hold it damaged; else
+    /// what is wrong. Of several places the best counts, so that a damaged pack is needed only for what is in no other.
+    fn look_up(&mut self, id: ChunkId, point: RecoveryPointId) -> Result<Vec<Object>, VerifyError> {
         let index = self.repository.fetcher().index.clone();
         let mut locations = index.locate(&id);
         if locations.is_empty() && index.repair(index.generation())? {
             locations = index.locate(&id);
         }
         let mut wrong = Vec::new();
+        let mut marked = Vec::new();
         for location in &locations {
             let pack = location.pack.pack;
             if let Some(what) = self.pack_problem(location) {
                 wrong.push((Object::Pack(pack), what));
+            } else if self.rotten.contains_key(&pack) || self.repository.fetcher().damaged.contains(&pack) {
+                marked.push(pack);
             } else {
                 self.referenced.insert(pack);
                 return Ok(Vec::new());
             }
         }
+        self.referenced.extend(&marked);
+        for pack in marked {
+            match self.rotten.get(&pack) {
+                Some(rotten) if rotten.bad.contains(&id) => wrong.push((Object::Pack(pack), rotten.what.clone())),
+                _ => return Ok(Vec::new()), // marked, but this frame is good, or was not read yet
+            }
+        }
         if wrong.is_empty() {
             wrong.push((Object::Point(point), format!("its chunk or node {id} is in no pack")));
         }
-        Ok(wrong.into_iter().map(|(object, what)| self.note(object, what)).collect())
+        Ok(wrong.into_iter().map(|(object, what)| self.note_below(object, what)).collect())
     }
 
     fn pack_problem(&mut self, location: &Location) -> Option<String> {
@@ -358,10 +404,13 @@ impl Verifier<'_> {
         }
     }
 
-    /// Reads every referenced pack, on all cores.
-    fn read_data(&mut self) -> Result<(), VerifyError> {
-        let mut packs: Vec<PackId> = self.referenced.iter().copied().collect();
-        packs.sort_unstable();
+    /// Reads every pack that is needed or marked and was not read yet, on all cores. Marks the damaged ones, takes the
+    /// mark from those that are whole again. True if one is damaged.
+    fn read_data(&mut self) -> Result<bool, VerifyError> {
+        let damaged = &self.repository.fetcher().damaged;
+        let marked = damaged.all().into_iter().filter(|pack| self.packs.contains_key(pack));
+        let wanted: BTreeSet<PackId> = self.referenced.iter().copied().chain(marked).collect();
+        let packs: Vec<PackId> = wanted.into_iter().filter(|pack| !self.read.contains(pack)).collect();
         self.progress.add_total(packs.iter().filter_map(|pack| self.packs.get(pack)).sum());
         let next = AtomicUsize::new(0);
         let results = Mutex::new(Vec::new());
@@ -386,41 +435,46 @@ impl Verifier<'_> {
             check();
         });
         self.stop_if_cancelled()?;
+        let storage = self.repository.storage();
+        let mut found = false;
         for (pack, result) in results.into_inner().unwrap_or_else(PoisonError::into_inner) {
             let (len, problems) = result?;
             self.report.packs_read += 1;
             self.report.bytes_read += len;
-            for what in problems.whole {
-                self.note(Object::Pack(pack), what);
-            }
-            for chunk in problems.chunks {
-                let finding = self.note(Object::Pack(pack), "frames in it are damaged");
-                if !self.has_good_copy(chunk, pack) {
-                    self.bad.insert(chunk, finding);
+            self.read.insert(pack);
+            match problems.what() {
+                Some(what) => {
+                    damaged.mark(storage, pack);
+                    self.rotten.insert(pack, Rotten { what, bad: problems.chunks });
+                    found = true;
                 }
+                None if damaged.contains(&pack) => {
+                    info!(%pack, "the pack is whole again");
+                    damaged.clear(storage, pack);
+                }
+                None => {}
             }
         }
-        Ok(())
-    }
-
-    fn has_good_copy(&self, chunk: ChunkId, except: PackId) -> bool {
-        let fetcher = self.repository.fetcher();
-        let others: Vec<_> =
-            fetcher.index.locate(&chunk).into_iter().filter(|location| location.pack.pack != except).collect();
-        others.iter().any(|location| {
-            let mut frame = vec![0; location.entry.stored_len as usize]; // inside a pack: checked by the run
-            let object = Object::Pack(location.pack.pack);
-            let read = fetcher.storage.get_range(&object, u64::from(location.entry.offset), &mut frame);
-            read.is_ok() && fetcher.check_frame(location.pack.pack, location, &mut frame).is_ok()
-        })
+        Ok(found)
     }
 }
 
 /// What is wrong with a pack.
 #[derive(Default)]
 struct PackProblems {
-    whole: Vec<String>,
-    chunks: Vec<ChunkId>,
+    whole: Option<String>,
+    chunks: HashSet<ChunkId, IdHash>,
+}
+
+impl PackProblems {
+    fn what(&self) -> Option<String> {
+        match (&self.whole, self.chunks.len()) {
+            (None, 0) => None,
+            (Some(whole), 0) => Some(whole.clone()),
+            (None, frames) => Some(format!("{frames} of its frames cannot be read")),
+            (Some(whole), frames) => Some(format!("{whole}; {frames} of its frames cannot be read")),
+        }
+    }
 }
 
 /// Reads a pack and checks its name, its structure and its frames.
@@ -431,7 +485,7 @@ fn check_pack(repository: &Repository, pack: PackId) -> Result<(u64, PackProblem
     let bytes = match fetcher.storage.get(&object, u64::from(MAX_PACK_LEN)) {
         Ok(bytes) => bytes,
         Err(source) if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::FileTooLarge) => {
-            problems.whole.push("it is missing or too long".to_owned());
+            problems.whole = Some("it is missing or too long".to_owned());
             problems.chunks = indexed_chunks(repository, pack);
             return Ok((0, problems));
         }
@@ -447,21 +501,21 @@ fn check_pack(repository: &Repository, pack: PackId) -> Result<(u64, PackProblem
                 for entry in entries {
                     let location = Location { pack: row, entry };
                     if !frame_is_good(repository, &bytes, &location)? {
-                        problems.chunks.push(entry.id);
+                        problems.chunks.insert(entry.id);
                     }
                 }
             }
             Err(error) => {
-                problems.whole.push(error.to_string());
+                problems.whole = Some(error.to_string());
                 problems.chunks = indexed_chunks(repository, pack);
             }
         }
     } else {
         // Damaged somewhere; the index, not the pack's own table, says which frames ought to be there.
-        problems.whole.push(FormatError::Name.to_string());
+        problems.whole = Some(FormatError::Name.to_string());
         for location in indexed(repository, pack) {
             if !frame_is_good(repository, &bytes, &location)? {
-                problems.chunks.push(location.entry.id);
+                problems.chunks.insert(location.entry.id);
             }
         }
     }
@@ -491,6 +545,6 @@ fn indexed(repository: &Repository, pack: PackId) -> Vec<Location> {
     found
 }
 
-fn indexed_chunks(repository: &Repository, pack: PackId) -> Vec<ChunkId> {
+fn indexed_chunks(repository: &Repository, pack: PackId) -> HashSet<ChunkId, IdHash> {
     indexed(repository, pack).into_iter().map(|location| location.entry.id).collect()
 }

@@ -17,7 +17,7 @@ use crate::mapping::Mapping;
 /// Packs kept open for reading.
 const OPEN_FILES: usize = 256;
 /// Names an unfinished init may leave besides temporary files and key slots: empty directories.
-const DIRECTORIES: [&str; 5] = ["keys", "packs", "index", "points", "tmp"];
+const DIRECTORIES: [&str; 6] = ["keys", "packs", "index", "points", "damaged", "tmp"];
 const TMP: &str = "tmp";
 const LOCK: &str = "lock";
 
@@ -160,6 +160,7 @@ impl Storage for LocalStorage {
             ObjectKind::Pack => self.folder.list_dirs(Path::new("packs"))?,
             ObjectKind::IndexRun => vec![PathBuf::from("index")],
             ObjectKind::Point => vec![PathBuf::from("points")],
+            ObjectKind::DamagedPack => vec![PathBuf::from("damaged")],
         };
         let mut listed = Vec::new();
         for dir in dirs {
@@ -200,7 +201,7 @@ impl Storage for LocalStorage {
         if !only_lock || !known || !self.folder.list_dirs(Path::new("packs"))?.is_empty() {
             return Ok(false);
         }
-        for dir in ["packs", "index", "points"] {
+        for dir in ["packs", "index", "points", "damaged"] {
             if !self.folder.list(Path::new(dir))?.is_empty() {
                 return Ok(false);
             }

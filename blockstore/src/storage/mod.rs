@@ -29,6 +29,8 @@ pub enum Object {
     DamagedRun(RunId),
     /// A recovery point.
     Point(RecoveryPointId),
+    /// The empty marker of a pack that was found damaged.
+    DamagedPack(PackId),
 }
 
 /// The kinds of objects that can be listed.
@@ -42,6 +44,8 @@ pub enum ObjectKind {
     IndexRun,
     /// Recovery points.
     Point,
+    /// Markers of damaged packs.
+    DamagedPack,
 }
 
 /// An object and its length.
@@ -66,6 +70,7 @@ impl Object {
             Object::IndexRun(id) => format!("index/{id}"),
             Object::DamagedRun(id) => format!("index/{id}.damaged"),
             Object::Point(id) => format!("points/{id}"),
+            Object::DamagedPack(id) => format!("damaged/{id}"),
         }
     }
 
@@ -76,6 +81,7 @@ impl Object {
             ObjectKind::Pack => name.parse().ok().map(Object::Pack),
             ObjectKind::IndexRun => name.parse().ok().map(Object::IndexRun),
             ObjectKind::Point => name.parse().ok().map(Object::Point),
+            ObjectKind::DamagedPack => name.parse().ok().map(Object::DamagedPack),
         }
     }
 }
@@ -88,6 +94,7 @@ impl fmt::Display for Object {
             Object::Pack(_) => write!(out, "pack {}", self.path()),
             Object::IndexRun(_) | Object::DamagedRun(_) => write!(out, "index run {}", self.path()),
             Object::Point(_) => write!(out, "recovery point {}", self.path()),
+            Object::DamagedPack(_) => write!(out, "marker {}", self.path()),
         }
     }
 }
@@ -137,6 +144,7 @@ mod tests {
             Object::IndexRun(RunId([1; 32])),
             Object::DamagedRun(RunId([1; 32])),
             Object::Point(RecoveryPointId([2; 32])),
+            Object::DamagedPack(PackId([3; 32])),
         ]
         .map(|object| object.path());
         let pack = format!("packs/cd/{}", "cd".repeat(32));
@@ -144,7 +152,8 @@ mod tests {
         let damaged = format!("{run}.damaged");
         let slot = format!("keys/{}", "ab".repeat(16));
         let point = format!("points/{}", "02".repeat(32));
-        assert_eq!(paths, ["repository".to_owned(), slot, pack, run, damaged, point]);
+        let marker = format!("damaged/{}", "03".repeat(32));
+        assert_eq!(paths, ["repository".to_owned(), slot, pack, run, damaged, point, marker]);
     }
 
     #[test]
