@@ -108,7 +108,7 @@ impl Problem {
             images::OpenError::NotAnImage { .. } => Problem::because(Kind::Usage, title, error),
             images::OpenError::BackingFile { .. } => Problem::because(Kind::Refused, title, error),
             images::OpenError::Uncertain { .. } => Problem::because(Kind::Refused, title, error)
-                .hint("give --format raw if it is the disk of a guest, --format qcow2 if it was made as an image"),
+                .hint("give --format raw if it is the disk of a guest; if it was made as an image, --format qcow2 or a name with its ending"),
             images::OpenError::Io { .. }
             | images::OpenError::Unsupported { .. }
             | images::OpenError::Damaged { .. } => Problem::failed(title, error),

@@ -145,9 +145,9 @@ impl Exports {
         Ok(Hold { exports: self.clone(), id, served })
     }
 
-    /// The machines whose points are exported.
+    /// The machines whose points are exported; exports that are ending are not among them.
     pub fn list(&self) -> Vec<String> {
-        self.lock().values().map(|running| running.subject.clone()).collect()
+        self.lock().values().filter(|running| running.stop.is_some()).map(|running| running.subject.clone()).collect()
     }
 
     /// Ends all exports, and returns when requests in flight are answered and throw-away overlays gone.

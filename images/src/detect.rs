@@ -8,7 +8,8 @@
 //! 2. content that looks like an image of the qcow family (qcow, qcow2, QED) and names no other file is such an image;
 //! 3. if it names a backing file or an external data file, it is such an image only if the file's name says so, too, by
 //!    ending in `.qcow2`, `.qcow3`, `.qcow` or `.qed`; otherwise the format is uncertain, and the caller has to decide;
-//! 4. content that looks like another known format is an image of that format;
+//! 4. content that looks like VMDK, which may name any number of files, is VMDK only if the file's name ends in `.vmdk`;
+//!    content that looks like another known format is an image of that format;
 //! 5. everything else is raw.
 //!
 //! Upper and lower case are the same in names. A backing file has the format its image gives it; where the image gives
@@ -48,9 +49,11 @@ pub(crate) fn detect(disk: &Raw, path: &Path) -> Result<Format, OpenError> {
         return Ok(Format::Raw);
     }
     let head = head(disk, path)?;
-    if !says_qcow(path)
-        && let Some((format, names)) = names_a_file(&head)
-    {
+    // A VMDK may name the files that hold its data, in a descriptor that stands anywhere in it.
+    let vmdk =
+        !ends_in(path, &["vmdk"]) && [VMDK_DESCRIPTOR, b"KDMV", b"COWD"].iter().any(|magic| head.starts_with(magic));
+    let other = if vmdk { Some(("vmdk", "other files")) } else { names_a_file(&head).filter(|_| !says_qcow(path)) };
+    if let Some((format, names)) = other {
         return Err(OpenError::Uncertain { path: path.to_owned(), format, names });
     }
     by_content(&head, disk, path)

@@ -45,8 +45,8 @@ pub enum OpenError {
     /// It looks like an image that names another file, and may as well be a raw disk whose guest wrote that to it: by
     /// its name it is no such image, and no format was given.
     #[error(
-        "{} looks like a {format} image with {names}, but is not named like one: its format is uncertain, and \
-         `--format qcow2` or `--format raw` decides it",
+        "{} looks like a {format} image that names {names}, but is not named like one itself: its format is uncertain \
+         and has to be given, raw or {format}",
         path.display()
     )]
     Uncertain {

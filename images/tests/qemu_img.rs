@@ -197,7 +197,11 @@ fn what_is_not_read_here_is_named_for_qemu() {
     ] {
         let compressed: &[&str] = if options.contains("zstd") { &["-c"] } else { &[] };
         // An external data file is believed of an image that is named like one.
-        let name = if options.contains("data_file") { "b.qcow2" } else { "b.img" };
+        let name = match format {
+            "vmdk" => "b.vmdk",
+            _ if options.contains("data_file") => "b.qcow2",
+            _ => "b.img",
+        };
         let args = [&["convert", "-O", format, "-o", options], compressed, &["a.raw", name]].concat();
         qemu_img(&dir, &args);
         match open(&dir.path().join(name)).err() {
@@ -238,7 +242,7 @@ fn what_a_guest_wrote_to_its_disk_brings_no_file_of_the_host() {
                 other => panic!("{name}, {options:?}: {other:?}"),
             }
             let error = open(&path).err().unwrap().to_string();
-            assert!(error.contains("uncertain") && error.contains("`--format raw`"), "{error}");
+            assert!(error.contains("uncertain") && error.contains("has to be given, raw or"), "{error}");
             let raw = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
             assert!(contents(images::open(&path, &raw).unwrap().as_ref()) == header);
         }
@@ -662,4 +666,16 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         drop(Command::new("losetup").args(["--detach", &self.0]).status());
     }
+}
+
+#[test]
+fn a_vmdk_descriptor_that_a_guest_wrote_reads_no_file_of_the_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.img");
+    let mut disk = b"# Disk DescriptorFile\nversion=1\nRW 1 FLAT \"/etc/passwd\" 0\n".to_vec();
+    disk.resize(1 << 20, 0);
+    fs::write(&path, &disk).unwrap();
+    assert!(matches!(open(&path), Err(OpenError::Uncertain { format: "vmdk", .. })));
+    let raw = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
+    assert_eq!(images::open(&path, &raw).unwrap().size(), 1 << 20);
 }
