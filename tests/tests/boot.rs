@@ -104,11 +104,14 @@ fn a_guest_lives_through_kill_minus_nine_of_lifeboat_and_keeps_all_it_synced() {
     let promised = console.last_number("seq ").unwrap();
     let view = sandbox.json(&["recovery", "vm"]);
     assert_eq!(view["vm"], "shut-off");
-    let mut again = Machine::boot(&sandbox, "again", &uri(&view), Firmware::Bios);
-    let kept = again.console.next_number("log ok last=");
+    assert!(sandbox.ok(&["recovery", "vm"]).contains("lifeboat start vm"));
+    let mut again = Console::new(view["console"].as_str().unwrap());
+    assert_eq!(sandbox.json(&["start", "vm"])["vm"], "running");
+    assert!(sandbox.fails(5, &["start", "vm"]).contains("has not ended"));
+    again.wait_for("up boot=2");
+    let kept = again.next_number("log ok last=");
     assert!(kept >= promised, "the guest had synced record {promised}, the disk holds {kept}");
-    again.console.wait_for("slots ok");
-    again.kill();
+    again.wait_for("slots ok");
     sandbox.ok(&["discard", "vm"]);
     sandbox.ok(&["verify", "--read-data"]);
 }
@@ -117,7 +120,7 @@ fn a_guest_lives_through_kill_minus_nine_of_lifeboat_and_keeps_all_it_synced() {
 fn a_service_that_is_stopped_and_started_takes_its_recoveries_up() {
     let Some(sandbox) = with_guest(Guest::Counter) else { return };
     let mut service = sandbox.start(&["serve"]);
-    wait_until("the service answers", || sandbox.run(&["recoveries"]).status.success() && sandbox.owner().is_some());
+    wait_until("the service answers", || sandbox.path("state/lifeboat.sock").exists());
     let (view, mut console) = recover(&sandbox, "vm");
     console.wait_for("seq 3");
     assert!(service.stop().success());
@@ -208,4 +211,28 @@ fn a_vm_that_cannot_start_leaves_nothing_behind() {
     assert_eq!(published["hypervisor"], "none");
     assert!(sandbox.fails(5, &["recover", "vm", "--on", "none"]).contains("exists already"));
     sandbox.ok(&["discard", "vm"]);
+}
+
+#[test]
+fn a_recovery_whose_journal_is_damaged_is_listed_and_can_be_ended() {
+    let Some(sandbox) = with_guest(Guest::Counter) else { return };
+    let (view, mut console) = recover(&sandbox, "vm");
+    console.wait_for("seq 1");
+    sandbox.kill_owner();
+    let journal = sandbox.path("state/recoveries/vm/journal");
+    let mut bytes = fs::read(&journal).unwrap();
+    bytes[20] ^= 1;
+    fs::write(&journal, bytes).unwrap();
+    let listed = sandbox.json(&["recoveries"]);
+    assert_eq!(listed[0]["name"], "vm");
+    assert_eq!(listed[0]["state"], "failed");
+    assert!(listed[0]["problem"].as_str().unwrap().contains("line 1"), "{listed}");
+    assert!(sandbox.fails(3, &["recover", "vm", "--name", "vm"]).contains("damaged"));
+    sandbox.ok(&["discard", "vm"]);
+    assert!(!sandbox.path("state/recoveries/vm").exists());
+    let pid = view["pid"].as_u64().unwrap();
+    wait_until("its machine is gone", || {
+        !Path::new(&format!("/proc/{pid}/cmdline")).exists()
+            || fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default().is_empty()
+    });
 }

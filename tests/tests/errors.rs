@@ -412,3 +412,67 @@ fn errors_are_problem_documents_for_programs() {
     assert_eq!(problem["kind"], "not-found");
     assert!(problem["title"].as_str().unwrap().contains("nobody"));
 }
+
+#[test]
+fn commands_at_the_same_time_share_a_state_folder() {
+    let sandbox = with_point();
+    for round in 0..4 {
+        let mut all: Vec<_> = (0..6)
+            .map(|number| {
+                let machine = format!("m{round}-{number}");
+                let disk = sandbox.name("disk.raw");
+                if number % 2 == 0 { sandbox.start(&["backup", &machine, &disk]) } else { sandbox.start(&["points"]) }
+            })
+            .collect();
+        for command in &mut all {
+            assert!(command.wait().success(), "a command failed beside others");
+        }
+    }
+    assert_eq!(sandbox.json(&["points"]).as_array().unwrap().len(), 1 + 4 * 3);
+}
+
+#[test]
+fn what_is_damaged_is_stored_anew_and_does_not_stop_backups() {
+    // The manifest's pack: without it a backup has no parent to compare with. Then the data's.
+    for which in [0, 1] {
+        let sandbox = with_point();
+        let disk = sandbox.name("disk.raw");
+        flip(&packs_by_size(&sandbox)[which]);
+        sandbox.fails(3, &["verify", "--read-data"]);
+        let again = sandbox.json(&["backup", "web01", &disk]);
+        assert!(again["stored"].as_u64().unwrap() > 0, "what is damaged was taken for stored");
+        for point in ["web01", "web01~1"] {
+            sandbox.ok(&["restore", point, "--to", &sandbox.name("out.raw"), "--overwrite"]);
+            assert!(fs::read(sandbox.path("out.raw")).unwrap() == fs::read(&disk).unwrap());
+        }
+        sandbox.ok(&["verify", "--read-data"]);
+    }
+}
+
+#[test]
+fn nothing_is_written_over_the_repository() {
+    let sandbox = with_point();
+    let config = sandbox.name("repo/repository");
+    assert!(sandbox.fails(5, &["restore", "web01", "--to", &config, "--overwrite"]).contains("lies in the repository"));
+    let folder = sandbox.name("repo/overlay");
+    sandbox.fails(5, &["export", "web01", "--listen", "tcp:127.0.0.1:0", "--overlay", &folder]);
+    sandbox.ok(&["verify", "--read-data"]);
+}
+
+#[test]
+fn every_answer_to_a_program_is_one_document() {
+    let sandbox = with_point();
+    flip(&packs_by_size(&sandbox)[0]);
+    for (status, args) in [
+        (3, &["verify", "--read-data", "--json"][..]),
+        (2, &["--json", "bogus"]),
+        (2, &["init", "--json", "--chunk-size", "x"]),
+        (2, &["backup", "web01", &sandbox.name("disk.raw"), "--label", "a=\u{1b}[31m", "--json"]),
+    ] {
+        let output = sandbox.run(args);
+        assert_eq!(output.status.code(), Some(status), "{args:?}");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        serde_json::from_str::<serde_json::Value>(&text)
+            .unwrap_or_else(|error| panic!("{args:?}: {error} in {text:?}"));
+    }
+}
