@@ -54,6 +54,9 @@ pub enum FormatError {
         /// Which field.
         field: &'static str,
     },
+    /// The repository is encrypted, and nothing holds its keys.
+    #[error("it asks for a passphrase or key file, but no key slot is left")]
+    NoKeySlot,
     /// The object belongs to another repository.
     #[error("it belongs to another repository")]
     OtherRepository,

@@ -105,7 +105,8 @@ impl OpenError {
 impl Repository {
     /// Makes a repository where nothing is yet, and opens it.
     ///
-    /// Order: (1) the key slot, (2) the configuration. From 2 on the repository exists; a crash before leaves a slot
+    /// Order: (1) the key slot, (2) the configuration; of several at once, one does both and the others get
+    /// [`InitError::Exists`]. From 2 on the repository exists; a crash before leaves a slot
     /// that the next init removes. The other way round a crash would leave a repository without a key.
     pub fn init(storage: Arc<dyn Storage>, chunk_size: u32, protection: Protection) -> Result<Repository, InitError> {
         if !is_chunk_size(chunk_size) {
@@ -115,16 +116,17 @@ impl Repository {
             let object = object.to_owned();
             move |source| InitError::Io { object, source }
         };
-        match storage.len(&Object::Config) {
-            Ok(_) => return Err(InitError::Exists),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(io("the repository")(error)),
+        let exists = || match storage.len(&Object::Config) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(io("the repository")(error)),
+        };
+        if exists()? {
+            return Err(InitError::Exists);
         }
         if !storage.is_vacant().map_err(io("the repository"))? {
-            return Err(InitError::NotEmpty);
-        }
-        for left_over in storage.list(ObjectKind::KeySlot).map_err(io("key slots"))? {
-            storage.delete(&left_over.object).map_err(io("a left-over key slot"))?;
+            // Perhaps because another init was faster.
+            return Err(if exists()? { InitError::Exists } else { InitError::NotEmpty });
         }
         let encryption = match protection {
             Protection::None => Encryption::None,
@@ -132,14 +134,17 @@ impl Repository {
         };
         let repository = RepositoryId(random().map_err(io("a random id"))?);
         let config = Config { repository, chunk_size, encryption };
-        if let Protection::Secret(secret) = &protection {
-            let slot = new_slot(&config, secret)?;
-            let object = Object::KeySlot(slot.id);
-            storage.create(&object, &slot.encode()).map_err(io(&object.to_string()))?;
-        }
-        storage.create(&Object::Config, &config.encode()).map_err(|source| match source.kind() {
+        let slot = match &protection {
+            Protection::None => None,
+            Protection::Secret(secret) => {
+                let slot = new_slot(&config, secret)?;
+                Some((Object::KeySlot(slot.id), slot.encode()))
+            }
+        };
+        let slot = slot.as_ref().map(|(object, bytes)| (object, &bytes[..]));
+        storage.init(slot, &config.encode()).map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists => InitError::Exists,
-            _ => io("the repository's configuration")(source),
+            _ => io("the repository's configuration and key slot")(source),
         })?;
         let secret = match &protection {
             Protection::None => None,
@@ -229,7 +234,7 @@ fn unlock(storage: &dyn Storage, config: &Config, slots: &[SlotId], secret: &Sec
         Some(failure) => Err(failure),
         None => {
             // Encrypted, but without a slot: nothing can open it.
-            Err(OpenError::Damaged { object: Object::Config, source: FormatError::Field { field: "key slots" } })
+            Err(OpenError::Damaged { object: Object::Config, source: FormatError::NoKeySlot })
         }
     }
 }

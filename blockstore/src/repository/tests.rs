@@ -56,6 +56,47 @@ fn a_repository_is_made_once_and_opens_with_its_secret_only() {
 }
 
 #[test]
+fn of_many_inits_at_once_one_wins_and_the_others_leave_nothing() {
+    for round in 0..8 {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let root = dir.path().join("repository");
+        let start = std::sync::Barrier::new(8);
+        let init = |n: u8| {
+            let storage = Arc::new(LocalStorage::at(&root));
+            start.wait();
+            (n, Repository::init(storage, CHUNK, Protection::Secret(key(n))))
+        };
+        let init = &init;
+        let results: Vec<(u8, Result<Repository, InitError>)> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || init(n))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        });
+        let won: Vec<u8> = results.iter().filter(|(_, made)| made.is_ok()).map(|(n, _)| *n).collect();
+        assert_eq!(won.len(), 1, "round {round}: {results:?}");
+        assert!(results.iter().all(|(_, made)| matches!(made, Ok(_) | Err(InitError::Exists))), "{results:?}");
+        let storage = Arc::new(LocalStorage::at(&root));
+        let opened = Repository::open(storage, Some(&key(won[0])), 0).expect("the winner's key opens it");
+        assert_eq!(opened.storage().list(ObjectKind::KeySlot).expect("lists").len(), 1);
+        assert!(verify(&opened, true).is_ok());
+    }
+}
+
+#[test]
+fn a_repository_without_key_slots_says_so() {
+    let folder = SimFolder::new(1);
+    let repository = new_repository(&folder);
+    folder.remove(&files(&folder, "keys").remove(0)).expect("removes");
+    let opened = Repository::open(sim_storage(&folder), Some(&key(1)), 0).expect_err("nothing opens it");
+    let source = std::error::Error::source(&opened).expect("has a cause").to_string();
+    assert_eq!(source, "it asks for a passphrase or key file, but no key slot is left");
+    let report = verify(&repository, false);
+    assert_eq!(
+        report.damaged.iter().map(|d| (d.object, d.what.clone())).collect::<Vec<_>>(),
+        [(Object::Config, source)]
+    );
+}
+
+#[test]
 fn a_passphrase_opens_what_it_made() {
     let folder = SimFolder::new(1);
     let secret = |text: &str| Secret::passphrase(text.into());

@@ -212,7 +212,11 @@ impl Verifier<'_> {
             Err(error) => self.note_open(Object::Config, error)?,
         }
         let slots = storage.list(ObjectKind::KeySlot);
-        for listed in slots.map_err(|source| ReadError::Io { object: "key slots".to_owned(), source })? {
+        let slots = slots.map_err(|source| ReadError::Io { object: "key slots".to_owned(), source })?;
+        if slots.is_empty() && self.repository.encrypted() {
+            self.note(Object::Config, FormatError::NoKeySlot);
+        }
+        for listed in slots {
             let Object::KeySlot(id) = listed.object else { continue };
             if let Err(error) = read_slot(storage, &config, id) {
                 self.note_open(listed.object, error)?;

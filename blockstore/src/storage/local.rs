@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quick_cache::sync::Cache;
@@ -20,6 +21,9 @@ const OPEN_FILES: usize = 256;
 const DIRECTORIES: [&str; 6] = ["keys", "packs", "index", "points", "damaged", "tmp"];
 const TMP: &str = "tmp";
 const LOCK: &str = "lock";
+/// How long somebody else may hold it, and how often that is looked at.
+const LOCK_WAIT: Duration = Duration::from_secs(30);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// A repository in a folder. Put writes a temporary file, syncs it, renames it and syncs the directory.
 ///
@@ -101,13 +105,31 @@ impl LocalStorage {
         }
     }
 
+    /// Waits for its turn: whoever holds the lock writes two small objects at most.
     fn lock(&self) -> io::Result<Arc<dyn Disk>> {
         self.folder.create_dir(Path::new(""))?;
         match self.folder.create(Path::new(LOCK)) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-        self.folder.open_exclusive(Path::new(LOCK))
+        let began = Instant::now();
+        loop {
+            match self.folder.open_exclusive(Path::new(LOCK)) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy && began.elapsed() < LOCK_WAIT => {
+                    std::thread::sleep(LOCK_PAUSE);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// [`Storage::create`] by whoever holds the lock.
+    fn create_locked(&self, object: &Object, bytes: &[u8]) -> io::Result<()> {
+        match self.folder.open_read(Path::new(&object.path())) {
+            Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            Err(error) if not_found(&error) => self.write(object, bytes),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -127,11 +149,25 @@ impl Storage for LocalStorage {
 
     fn create(&self, object: &Object, bytes: &[u8]) -> io::Result<()> {
         let _held = self.lock()?; // released when dropped, also by the end of the process
-        match self.folder.open_read(Path::new(&object.path())) {
-            Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
-            Err(error) if not_found(&error) => self.write(object, bytes),
-            Err(error) => Err(error),
+        self.create_locked(object, bytes)
+    }
+
+    /// Under the lock from the first look to the configuration: without it, one of two could delete the other's slot
+    /// as a left-over before the other's configuration is there.
+    fn init(&self, slot: Option<(&Object, &[u8])>, config: &[u8]) -> io::Result<()> {
+        let _held = self.lock()?;
+        match self.len(&Object::Config) {
+            Ok(_) => return Err(io::ErrorKind::AlreadyExists.into()),
+            Err(error) if not_found(&error) => {}
+            Err(error) => return Err(error),
         }
+        for left_over in self.list(ObjectKind::KeySlot)? {
+            self.delete(&left_over.object)?;
+        }
+        if let Some((object, bytes)) = slot {
+            self.create_locked(object, bytes)?;
+        }
+        self.create_locked(&Object::Config, config)
     }
 
     fn get(&self, object: &Object, max: u64) -> io::Result<Bytes> {

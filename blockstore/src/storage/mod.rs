@@ -109,6 +109,24 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// wins.
     fn create(&self, object: &Object, bytes: &[u8]) -> io::Result<()>;
 
+    /// Makes a repository: deletes the key slots an unfinished init left, creates `slot`, then `config` as
+    /// [`Object::Config`]. [`io::ErrorKind::AlreadyExists`] if there is a configuration, and then nothing is touched.
+    /// Of several that race, one wins; where the storage can hold others off, they cannot come in between.
+    fn init(&self, slot: Option<(&Object, &[u8])>, config: &[u8]) -> io::Result<()> {
+        match self.len(&Object::Config) {
+            Ok(_) => return Err(io::ErrorKind::AlreadyExists.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        for left_over in self.list(ObjectKind::KeySlot)? {
+            self.delete(&left_over.object)?;
+        }
+        if let Some((object, bytes)) = slot {
+            self.create(object, bytes)?;
+        }
+        self.create(&Object::Config, config)
+    }
+
     /// A whole object. One longer than `max` is an [`io::ErrorKind::FileTooLarge`] error and is not read.
     fn get(&self, object: &Object, max: u64) -> io::Result<Bytes>;
 
