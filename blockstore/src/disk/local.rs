@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags, fallocate, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom as RawSeek, fallocate, flock, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::{Disk, Entry, Folder};
@@ -234,6 +234,24 @@ impl Disk for LocalDisk {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.file.set_len(len)
+    }
+
+    fn has_content(&self) -> io::Result<bool> {
+        let len = self.len()?;
+        let mut offset = 0;
+        while offset < len {
+            let start = match seek(&self.file, RawSeek::Data(offset)) {
+                Ok(start) => start,
+                Err(Errno::NXIO) => return Ok(false), // a hole to the end
+                Err(_) => offset,                     // holes are not known here
+            };
+            let end = seek(&self.file, RawSeek::Hole(start)).map_or(len, |end| end.min(len));
+            if super::has_content_in(self, start..end)? {
+                return Ok(true);
+            }
+            offset = end.max(start + 1);
+        }
+        Ok(false)
     }
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {

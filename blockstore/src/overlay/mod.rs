@@ -73,7 +73,7 @@ pub struct Overlay {
 
 impl Overlay {
     /// Makes an empty overlay in `dir`: the files `data` and `journal`. Durable when it returns. What a crash left of
-    /// an earlier call is taken over; an existing overlay is refused.
+    /// an earlier call is taken over; an existing overlay is refused, and so is one whose journal is missing.
     pub fn create(
         folder: Arc<dyn Folder>,
         dir: &Path,
@@ -102,6 +102,11 @@ impl Overlay {
         place.refuse_existing()?; // now nobody else can make one
         let size = identity.size;
         let path = place.shown(DATA_NAME);
+        // A create that crashed left no content: this is an overlay that lost its journal, for a person to look at.
+        if data.has_content().map_err(|error| Action::Read.failed(&path, error))? {
+            let path = place.shown(journal::NAME);
+            return Err(OverlayError::Damaged { path, offset: 0, damage: Damage::Missing });
+        }
         let sized = data.set_len(0).and_then(|()| data.set_len(size));
         sized.map_err(|error| Action::Write.failed(&path, error))?;
         data.sync().map_err(|error| Action::Sync.failed(&path, error))?;

@@ -295,3 +295,30 @@ fn a_tebibyte_discarded_and_a_million_extents_stay_small_and_open_fast() {
     assert_eq!(overlay.map.state(1_999_998), map::State::Data);
     assert_eq!(overlay.map.state(1_999_999), map::State::Zero);
 }
+
+#[test]
+fn data_without_its_journal_is_neither_overwritten_nor_taken_for_a_crashed_create() {
+    let folder = SimFolder::new(1);
+    let overlay = create(&folder, SIZE).unwrap();
+    overlay.write(4096, &[7; 4096]).unwrap();
+    overlay.flush().unwrap();
+    drop(overlay);
+    folder.remove(&dir().join("journal")).unwrap();
+    let refused = create(&folder, SIZE).expect_err("the guest's data stands there");
+    match &refused {
+        OverlayError::Damaged { path, damage: Damage::Missing, .. } => assert!(path.ends_with("journal")),
+        other => panic!("{other}"),
+    }
+    let mut bytes = [0; 4096];
+    folder.open_read(&dir().join("data")).unwrap().read_at(4096, &mut bytes).unwrap();
+    assert_eq!(bytes, [7; 4096], "untouched");
+}
+
+#[test]
+fn what_a_crashed_create_left_is_taken_over() {
+    let folder = SimFolder::new(1);
+    folder.create_dir(dir()).unwrap();
+    folder.create(&dir().join("data")).unwrap().set_len(SIZE / 2).unwrap();
+    let overlay = create(&folder, SIZE).unwrap();
+    overlay.write(0, &[7; 4096]).unwrap();
+}
