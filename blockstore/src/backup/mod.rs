@@ -173,6 +173,9 @@ impl Backup {
         progress: Arc<Progress>,
     ) -> Result<Backup, BackupError> {
         read.fetcher.index.refresh().map_err(BackupError::Index)?; // other processes write, too
+        if let Err(error) = read.fetcher.storage.tidy() {
+            warn!(%error, "temporary files of killed writers not removed, the next backup will try again");
+        }
         let shared = Shared::new(read.fetcher.clone(), progress);
         let shared = Arc::new(shared.map_err(|source| BackupError::write("packs".to_owned(), source))?);
         let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

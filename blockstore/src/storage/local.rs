@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quick_cache::sync::Cache;
+use tracing::info;
 
 use super::{Listed, Object, ObjectKind, Storage};
 use crate::disk::{Disk, Folder, LocalFolder};
@@ -23,6 +24,8 @@ const TMP: &str = "tmp";
 const LOCK: &str = "lock";
 /// How long somebody else may hold it, and how often that is looked at.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
+/// No writer takes this long between the last byte of a temporary file and its rename.
+const TMP_AGE: Duration = Duration::from_secs(24 * 3600);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// A repository in a folder. Put writes a temporary file, syncs it, renames it and syncs the directory.
@@ -229,6 +232,25 @@ impl Storage for LocalStorage {
         }
     }
 
+    fn tidy(&self) -> io::Result<()> {
+        let Some(real) = self.folder.real_path(Path::new(TMP)) else { return Ok(()) };
+        for entry in self.folder.list(Path::new(TMP))? {
+            let Some(name) = entry.path.file_name().and_then(|name| name.to_str()) else { continue };
+            if name.parse::<crate::id::SlotId>().is_err() {
+                continue; // not one of ours
+            }
+            let changed = std::fs::symlink_metadata(real.join(name)).and_then(|metadata| metadata.modified());
+            let age = changed.ok().and_then(|changed| changed.elapsed().ok());
+            if age.is_some_and(|age| age > TMP_AGE) {
+                match self.folder.remove(&entry.path) {
+                    Err(error) if !not_found(&error) => return Err(error),
+                    _ => info!(file = %entry.path.display(), "removed what a killed writer left"),
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn is_vacant(&self) -> io::Result<bool> {
         let root = Path::new("");
         let only_lock = self.folder.list(root)?.iter().all(|entry| entry.path == Path::new(LOCK));
@@ -277,5 +299,25 @@ mod tests {
         storage.delete(&pack).expect("deleted");
         storage.delete(&pack).expect("gone already");
         assert!(storage.list(ObjectKind::Pack).expect("listed").is_empty());
+    }
+
+    #[test]
+    fn old_temporary_files_are_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let storage = LocalStorage::at(dir.path());
+        storage.tidy().expect("nothing there yet");
+        storage.put(&Object::Config, b"one").expect("written");
+        let old = std::time::SystemTime::now() - TMP_AGE - Duration::from_secs(60);
+        let (stale, fresh, foreign) = ("ab".repeat(16), "cd".repeat(16), "notes.txt".to_owned());
+        for (name, is_old) in [(&stale, true), (&fresh, false), (&foreign, true)] {
+            let file = std::fs::File::create(dir.path().join(TMP).join(name)).expect("creates");
+            if is_old {
+                file.set_modified(old).expect("sets the time");
+            }
+        }
+        storage.tidy().expect("tidies");
+        let left = |name: &str| dir.path().join(TMP).join(name).exists();
+        assert_eq!([left(&stale), left(&fresh), left(&foreign)], [false, true, true]);
+        assert_eq!(storage.get(&Object::Config, 10).expect("read"), &b"one"[..]);
     }
 }

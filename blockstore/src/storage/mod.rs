@@ -145,6 +145,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The bytes of an object without reading them now, where that is possible.
     fn map(&self, object: &Object) -> io::Result<Mapping>;
 
+    /// Removes what writers that were killed left half-written, where it is too old to belong to a living one.
+    fn tidy(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Whether nothing but what an unfinished init leaves (key slots, temporary files) stands at the root.
     fn is_vacant(&self) -> io::Result<bool>;
 }
