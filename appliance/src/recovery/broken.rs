@@ -47,9 +47,9 @@ pub async fn discard(state: &StateDir, name: &str) -> Result<(), Problem> {
         }
         Err(error) => return Err(Problem::failed(format!("cannot reach the VM of recovery {name}"), &error)),
     }
-    for socket in machine::SOCKETS {
+    for socket in machine::sockets(&dir, |socket| state.short_path(dir.join(socket))) {
         // One that was never made is as gone.
-        let _ = fs::remove_file(state.short_path(dir.join(socket)));
+        let _ = fs::remove_file(socket);
     }
     fs::remove_dir_all(&dir).map_err(|error| Problem::failed(format!("cannot remove all of recovery {name}"), &error))
 }

@@ -80,8 +80,11 @@ pub async fn define(
     })
 }
 
-/// The sockets of a recovery, by their names in its folder.
-pub const SOCKETS: [&str; 4] = ["nbd.sock", "qmp.sock", "qmp.sock.ctl", "guest-agent.sock"];
+/// All sockets of the recovery in folder `dir`, which may lie elsewhere.
+pub fn sockets(dir: &Path, socket: impl Fn(&str) -> PathBuf) -> [PathBuf; 4] {
+    let files = files(dir, &socket);
+    [socket("nbd.sock"), files.control(), files.qmp, files.guest_agent]
+}
 
 /// Where the machine of the recovery in folder `dir` keeps its files; `socket` tells where a socket lies.
 pub fn files(dir: &Path, socket: impl Fn(&str) -> PathBuf) -> MachineFiles {

@@ -468,8 +468,8 @@ impl Recovery {
             Problem::failed(format!("cannot remove all of recovery {}", self.definition.name), error)
                 .hint(format!("see what is in the way in {} and discard it again", self.dir.display()))
         };
-        for name in super::machine::SOCKETS {
-            remove_file_if_there(&self.socket(name)).map_err(|error| cannot(&error))?;
+        for socket in super::machine::sockets(&self.dir, |name| self.socket(name)) {
+            remove_file_if_there(&socket).map_err(|error| cannot(&error))?;
         }
         // The journal goes last: as long as it is there, a restart finishes what is begun here.
         for entry in fs::read_dir(&self.dir).map_err(|error| cannot(&error))?.flatten() {
