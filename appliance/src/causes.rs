@@ -45,9 +45,7 @@ impl Problem {
                 problem.hint("no recovery point was made; back it up again when nobody resizes it")
             }
             BackupError::NoSpace { .. } => problem.hint(MAKE_ROOM),
-            BackupError::Parent(cause) | BackupError::Index(cause) => {
-                Problem::from_read(&format!("{title}: {error}"), cause)
-            }
+            BackupError::Index(cause) => Problem::from_read(&format!("{title}: {error}"), cause),
             BackupError::Disk { .. } => problem.with_kind(Kind::Usage),
             BackupError::Cancelled => {
                 Problem::new(Kind::Failed, format!("the backup of machine {machine} was cancelled"))

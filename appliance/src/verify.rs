@@ -27,6 +27,9 @@ pub struct VerifyResult {
     pub ok: bool,
     /// What is.
     pub damaged: Vec<Damage>,
+    /// What was damaged and is whole again.
+    #[serde(default)]
+    pub repaired: Vec<Damage>,
     /// Recovery points looked at.
     pub points: u64,
     /// Packs read whole.
@@ -81,22 +84,11 @@ pub fn verify(
     let report = repository
         .verify(VerifyOptions { point, read_data }, progress)
         .map_err(|error| Problem::from_verify(&error))?;
-    let damaged: Vec<Damage> = report
-        .damaged
-        .into_iter()
-        .map(|damage| Damage {
-            object: damage.object.to_string(),
-            problem: damage.what,
-            hits: damage
-                .affected
-                .iter()
-                .map(|hit| Hit { point: hit.point.to_string(), disk: hit.disk.clone() })
-                .collect(),
-        })
-        .collect();
+    let damaged: Vec<Damage> = report.damaged.into_iter().map(told).collect();
     Ok(VerifyResult {
         ok: damaged.is_empty(),
         damaged,
+        repaired: report.repaired.into_iter().map(told).collect(),
         points: report.points,
         packs_read: report.packs_read,
         bytes_read: report.bytes_read,
@@ -104,4 +96,12 @@ pub fn verify(
         chunks: report.chunks,
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+fn told(damage: blockstore::Damage) -> Damage {
+    Damage {
+        object: damage.object.to_string(),
+        problem: damage.what,
+        hits: damage.affected.iter().map(|hit| Hit { point: hit.point.to_string(), disk: hit.disk.clone() }).collect(),
+    }
 }

@@ -21,6 +21,9 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
                 render::line(&format!("        hits disk {} of point {}", hit.disk, short_id(&hit.point)));
             }
         }
+        for repaired in &result.repaired {
+            render::line(&format!("repaired {}: {}", repaired.object, repaired.problem));
+        }
         render::line(&format!(
             "checked {} and {}{} in {:.1} s",
             render::count(result.points, "recovery point"),

@@ -69,9 +69,6 @@ pub enum BackupError {
         /// Why.
         source: io::Error,
     },
-    /// The parent cannot be used. A manifest that cannot be read is no reason: the backup goes on without it.
-    #[error("cannot read the parent recovery point")]
-    Parent(#[source] ReadError),
     /// The index cannot be read.
     #[error("cannot read the index")]
     Index(#[source] ReadError),
