@@ -7,9 +7,8 @@ use std::sync::Arc;
 use blockstore::disk::LocalFolder;
 use blockstore::{LocalStorage, Repository, Secret};
 use tokio::net::UnixListener;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
 
+use crate::api::listener::Listening;
 use crate::catalog::{Catalog, PointSummary, spec};
 use crate::jobs::Jobs;
 use crate::problem::{Kind, Problem};
@@ -158,18 +157,7 @@ impl App {
         };
         let listener =
             bind().map_err(|error| Problem::failed(format!("cannot listen on {}", socket.display()), &error))?;
-        let router = crate::api::router(self.clone());
-        let (stop, stopped) = oneshot::channel::<()>();
-        let task = tokio::spawn(async move {
-            let serving = axum::serve(listener, router).with_graceful_shutdown(async move {
-                // A dropped sender is a stop too.
-                let _ = stopped.await;
-            });
-            if let Err(error) = serving.await {
-                tracing::error!(%error, "the API has ended");
-            }
-        });
-        Ok(Listening { stop: Some(stop), task, socket })
+        Ok(Listening::start(listener, &socket, crate::api::router(self.clone())))
     }
 
     /// All recovery points, oldest first.
@@ -208,26 +196,6 @@ impl App {
             format!("{} of {}", view.kind, view.subject)
         });
         jobs.chain(self.exports.list().into_iter().map(|export| format!("export of {export}"))).collect()
-    }
-}
-
-/// The API being served on a socket.
-#[derive(Debug)]
-pub struct Listening {
-    stop: Option<oneshot::Sender<()>>,
-    task: JoinHandle<()>,
-    socket: PathBuf,
-}
-
-impl Listening {
-    /// Takes no more requests, and returns when those that were taken are answered.
-    pub async fn finish(&mut self) {
-        // A socket that is gone already is as good.
-        let _ = std::fs::remove_file(&self.socket);
-        self.stop.take();
-        if let Err(error) = (&mut self.task).await {
-            tracing::error!(%error, "the API ended badly");
-        }
     }
 }
 

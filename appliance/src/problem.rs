@@ -72,7 +72,7 @@ pub enum Handling {
     Tell,
     /// The answer on standard output has told it to programs already.
     AnswerTold,
-    /// Nobody has taken the request; it can be asked again.
+    /// Nobody has taken the request; it can be asked again soon.
     AskAgain,
 }
 

@@ -3,21 +3,34 @@
 use std::time::{Duration, Instant};
 
 use crate::app::{App, Options};
-use crate::problem::Problem;
+use crate::problem::{Handling, Problem};
 use crate::signals;
 
 /// A service that another command started ends when it has had nothing to serve for this long.
 const IDLE: Duration = Duration::from_secs(10);
+
+/// How long a service in the background waits for its turn.
+const TURN_MAX: Duration = Duration::from_secs(5);
 
 /// How long requests may take to be answered when the service ends.
 const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Serves until told to stop, or, in the background, until there is nothing left to serve.
 pub async fn serve(options: &Options, background: bool) -> Result<(), Problem> {
-    let opening = options.clone();
-    let app = tokio::task::spawn_blocking(move || App::open(&opening, "serve"))
-        .await
-        .map_err(|error| Problem::failed("cannot open the repository", &error))??;
+    let since = Instant::now();
+    let app = loop {
+        let opening = options.clone();
+        let opened = tokio::task::spawn_blocking(move || App::open(&opening, "serve"))
+            .await
+            .map_err(|error| Problem::failed("cannot open the repository", &error))?;
+        match opened {
+            // A command that hosted the API is about to end.
+            Err(problem) if background && problem.handling == Handling::AskAgain && since.elapsed() < TURN_MAX => {
+                tokio::time::sleep(Duration::from_millis(30)).await;
+            }
+            opened => break opened?,
+        }
+    };
     // Exports first: guests wait for their disks, everybody else can wait a moment.
     app.recoveries.take_up().await;
     let mut listening = app.listen()?;

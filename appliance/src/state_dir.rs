@@ -16,13 +16,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use crate::problem::{Kind, Problem};
+use crate::problem::{Handling, Kind, Problem};
 
 /// Longest path of a socket: a Unix socket address takes 107 bytes, and a driver may add a few of its own.
 const SOCKET_PATH_MAX: usize = 100;
-
-/// How the refusal of a second owner is worded.
-pub const IN_USE: &str = "is in use by";
 
 /// Where a state folder's parts lie. Making one touches nothing.
 #[derive(Debug, Clone)]
@@ -88,13 +85,6 @@ impl StateDir {
         names
     }
 
-    /// Whether a process owns the state folder at present.
-    pub fn is_owned(&self) -> bool {
-        File::open(self.root.join("lock")).is_ok_and(|lock| {
-            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
-        })
-    }
-
     /// Makes this process the owner, until the returned lock is dropped. `command` is told to whom it keeps out.
     pub fn own(&self, command: &str) -> Result<Ownership, Problem> {
         let cannot = |error: &io::Error| {
@@ -119,8 +109,12 @@ impl StateDir {
             // The text is for a person; an owner that has not written it yet is as good a refusal.
             let _ = lock.read_to_string(&mut owner);
             let owner = if owner.trim().is_empty() { "another process".to_owned() } else { owner.trim().to_owned() };
-            return Err(Problem::new(Kind::Refused, format!("state folder {} {IN_USE} {owner}", self.root.display()))
-                .hint("wait for it to end, stop it, or name another folder with --state"));
+            return Err(Problem::new(
+                Kind::Refused,
+                format!("state folder {} is in use by {owner}", self.root.display()),
+            )
+            .hint("wait for it to end, stop it, or name another folder with --state")
+            .handled(Handling::AskAgain));
         }
         let write = |lock: &mut File| {
             lock.set_len(0)?;
@@ -183,9 +177,7 @@ mod tests {
     fn a_second_owner_is_refused_and_told_who_has_it() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path().join("state"));
-        assert!(!state.is_owned());
         let first = state.own("backup web01").unwrap();
-        assert!(state.is_owned());
         let refusal = state.own("serve").unwrap_err();
         assert_eq!(refusal.kind, Kind::Refused);
         assert!(refusal.title.contains("lifeboat backup web01"), "{refusal}");

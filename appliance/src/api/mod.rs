@@ -2,6 +2,7 @@
 //! line. Handlers take requests apart and put answers together; the work is done elsewhere.
 
 mod events;
+pub mod listener;
 
 use std::path::PathBuf;
 use std::sync::Arc;

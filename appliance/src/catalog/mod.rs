@@ -5,6 +5,7 @@ pub mod spec;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use blockstore::{Consistency, RecoveryPoint, RecoveryPointId, Repository};
 use chrono::{DateTime, Utc};
@@ -104,7 +105,7 @@ pub struct Catalog {
 impl Catalog {
     /// Opens the catalog in folder `path`, and begins an empty one where there is none or it is damaged.
     pub fn open(path: &Path) -> Result<Catalog, Problem> {
-        match open_tree(path) {
+        match open_patiently(path) {
             Ok(points) => Ok(Catalog { path: path.to_owned(), points }),
             Err(error) => {
                 let aside = set_aside(path)
@@ -170,6 +171,18 @@ impl Catalog {
             let _ = self.points.remove(key);
         }
     }
+}
+
+/// A process that has just ended may hold sled's own lock for a moment longer.
+fn open_patiently(path: &Path) -> Result<sled::Tree, sled::Error> {
+    const TRIES: u32 = 40;
+    for _ in 1..TRIES {
+        match open_tree(path) {
+            Err(sled::Error::Io(_)) => std::thread::sleep(Duration::from_millis(50)),
+            opened => return opened,
+        }
+    }
+    open_tree(path)
 }
 
 /// sled panics on some kinds of damage and reports others; both count.

@@ -15,10 +15,11 @@ use super::args::{Command, Global};
 use super::client::Client;
 use super::render;
 use crate::api::Health;
-use crate::app::{App, Listening};
-use crate::problem::{Kind, Problem};
+use crate::api::listener::Listening;
+use crate::app::App;
+use crate::problem::{Handling, Kind, Problem};
 use crate::signals;
-use crate::state_dir::{IN_USE, StateDir, create_private_dir};
+use crate::state_dir::{StateDir, create_private_dir};
 
 /// How long an owner of the state folder may take until it answers.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -70,15 +71,8 @@ impl Door {
                     return Ok(Door { client, own: Some(Own { app, listening }) });
                 }
                 // Somebody owns the state folder who did not answer: it has only just begun, or is about to end.
-                Err(problem) if problem.kind == Kind::Refused && state.is_owned() && since.elapsed() < PATIENCE => {
+                Err(problem) if problem.handling == Handling::AskAgain && since.elapsed() < PATIENCE => {
                     tokio::time::sleep(Duration::from_millis(30)).await;
-                }
-                Err(problem)
-                    if problem.kind == Kind::Refused
-                        && problem.title.contains(IN_USE)
-                        && since.elapsed() < PATIENCE =>
-                {
-                    // It has ended between the two looks.
                 }
                 Err(problem) => return Err(problem),
             }
