@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p blockstore --example throughput -- IMAGE WORK_DIR [--no-encryption]`
 //! `WORK_DIR` must not exist; it is left behind.
-#![allow(clippy::print_stdout, reason = "a program for people")]
+#![expect(clippy::print_stdout, reason = "a program for people")]
 
 use std::error::Error;
 use std::fs::File;
