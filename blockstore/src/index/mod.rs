@@ -8,6 +8,8 @@ mod merge;
 mod repair;
 pub(crate) mod run;
 
+pub(crate) use repair::read_table;
+
 use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};

@@ -14,7 +14,7 @@ use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::pack::{FOOTER_LEN, Footer, HEADER_LEN, Header, MAX_PACK_LEN};
 use crate::format::run::{Entry, PackRow};
-use crate::id::{PackId, RunId};
+use crate::id::{PackId, RepositoryId, RunId};
 use crate::storage::{Listed, Object, ObjectKind, Storage};
 
 /// A guest that reads a lost sector again and again must not make us list and hash the index each time.
@@ -122,7 +122,7 @@ impl Index {
             if known || repair.unreadable.contains(&id) {
                 continue;
             }
-            match read_table(&*self.storage, id, len, self) {
+            match read_table(&*self.storage, id, len, self.repository) {
                 Ok((row, table)) => {
                     packs += 1;
                     entries.add_pack(row, &table);
@@ -180,7 +180,12 @@ impl Index {
 }
 
 /// Reads header, footer and table of a pack.
-fn read_table(storage: &dyn Storage, id: PackId, len: u64, index: &Index) -> Result<(PackRow, Vec<Entry>), ReadError> {
+pub(crate) fn read_table(
+    storage: &dyn Storage,
+    id: PackId,
+    len: u64,
+    repository: RepositoryId,
+) -> Result<(PackRow, Vec<Entry>), ReadError> {
     let object = Object::Pack(id);
     let io = |source| ReadError::io(&object, source);
     let damaged = |source| ReadError::Damaged { object, source };
@@ -189,7 +194,7 @@ fn read_table(storage: &dyn Storage, id: PackId, len: u64, index: &Index) -> Res
     let mut header = [0; HEADER_LEN as usize];
     storage.get_range(&object, 0, &mut header).map_err(io)?;
     let header = Header::decode(&header).map_err(damaged)?;
-    if header.repository != index.repository {
+    if header.repository != repository {
         return Err(damaged(FormatError::OtherRepository));
     }
     let mut footer = [0; FOOTER_LEN as usize];

@@ -13,6 +13,7 @@ pub(crate) mod test_support;
 mod tests;
 
 pub use open::{InitError, OpenError};
+pub(crate) use open::{read_config, read_slot};
 pub use verify::{Affected, Damage, VerifyError, VerifyOptions, VerifyReport};
 
 use std::io;

@@ -183,7 +183,7 @@ impl Repository {
 }
 
 /// Reads the configuration.
-pub(super) fn read_config(storage: &dyn Storage) -> Result<Config, OpenError> {
+pub(crate) fn read_config(storage: &dyn Storage) -> Result<Config, OpenError> {
     let object = Object::Config;
     let bytes = storage.get(&object, CONFIG_MAX).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => OpenError::NotARepository,
@@ -196,7 +196,7 @@ pub(super) fn read_config(storage: &dyn Storage) -> Result<Config, OpenError> {
 }
 
 /// Reads a slot and checks that it belongs here.
-pub(super) fn read_slot(storage: &dyn Storage, config: &Config, id: SlotId) -> Result<Slot, OpenError> {
+pub(crate) fn read_slot(storage: &dyn Storage, config: &Config, id: SlotId) -> Result<Slot, OpenError> {
     let object = Object::KeySlot(id);
     let bytes = storage.get(&object, SLOT_LEN as u64).map_err(|source| match source.kind() {
         io::ErrorKind::FileTooLarge => {
