@@ -8,6 +8,7 @@ use crate::export::{BlockSize, Export};
 use crate::limits::{MAX_CONTEXTS, MAX_PAYLOAD};
 use crate::name::{ExportName, MAX_NAME};
 use crate::statistics::Statistics;
+use crate::transmission::HeaderStyle;
 use crate::wire::{BASE_ALLOCATION, transmission_flag};
 
 /// The exports of one or several servers. Exports come and go while connections live.
@@ -172,8 +173,9 @@ impl Published {
         })
     }
 
-    /// Transmission flags for a connection; what needs structured replies is offered with them only.
-    pub(crate) fn flags(&self, structured: bool) -> u16 {
+    /// Transmission flags for a connection: what needs structured replies is offered with them only, what needs extended
+    /// headers and a selected context only with both.
+    pub(crate) fn flags(&self, style: HeaderStyle, has_contexts: bool) -> u16 {
         use transmission_flag as flag;
         let mut flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE | flag::CAN_MULTI_CONN;
         if self.read_only {
@@ -184,8 +186,11 @@ impl Published {
                 flags |= flag::SEND_FAST_ZERO;
             }
         }
-        if structured {
+        if style.is_structured() {
             flags |= flag::SEND_DF;
+        }
+        if style == HeaderStyle::Extended && has_contexts {
+            flags |= flag::BLOCK_STATUS_PAYLOAD;
         }
         flags
     }

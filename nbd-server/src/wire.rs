@@ -114,6 +114,15 @@ pub struct RawExtendedRequest {
 }
 const _: () = assert!(size_of::<RawExtendedRequest>() == 32);
 
+/// Start of the payload of a `BLOCK_STATUS` request, 8 bytes, then the numbers of contexts, 32 bits each.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct RawStatusFilter {
+    /// Length of the effect, since the header's is the payload's.
+    pub length: U64,
+}
+const _: () = assert!(size_of::<RawStatusFilter>() == 8);
+
 // ---- "Simple reply message"
 
 /// First word of a simple reply.
@@ -261,6 +270,8 @@ pub mod transmission_flag {
     pub const SEND_CACHE: u16 = 1 << 10;
     /// FAST_ZERO is honoured.
     pub const SEND_FAST_ZERO: u16 = 1 << 11;
+    /// BLOCK_STATUS may carry a payload that names the contexts it is about.
+    pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 /// "Option types".
@@ -315,6 +326,8 @@ pub mod option_reply {
     pub const ERR_BLOCK_SIZE_REQD: u32 = ERROR + 8;
     /// Too large to process.
     pub const ERR_TOO_BIG: u32 = ERROR + 9;
+    /// Extended headers have been, or must be, negotiated.
+    pub const ERR_EXT_HEADER_REQD: u32 = ERROR + 10;
 }
 
 /// Information types of `NBD_OPT_INFO` and `NBD_OPT_GO`.

@@ -17,6 +17,7 @@ const INVALID: u32 = (1 << 31) + 3;
 const UNKNOWN: u32 = (1 << 31) + 6;
 const BLOCK_SIZE_REQD: u32 = (1 << 31) + 8;
 const TOO_BIG: u32 = (1 << 31) + 9;
+const EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 
 fn server() -> Running {
     Running::start(Arc::new(MemoryExport::new(SIZE)))
@@ -231,4 +232,34 @@ fn connections_beyond_the_limit_are_closed() {
     drop(first);
     second.send(&[&3_u32.to_be_bytes()]);
     assert_eq!(last(&second.option(7, &go("disk", &[]))), ACK);
+}
+
+#[test]
+fn reply_styles_are_settled_once() {
+    let server = server();
+    let mut raw = server.connect();
+    raw.greet(3);
+    assert_eq!(last(&raw.option(8, &[])), ACK);
+    assert_eq!(last(&raw.option(8, &[])), INVALID, "structured replies a second time");
+    assert_eq!(last(&raw.option(11, &[])), ACK, "extended headers go beyond structured replies");
+    assert_eq!(last(&raw.option(11, &[])), INVALID, "extended headers a second time");
+    assert_eq!(last(&raw.option(8, &[])), EXT_HEADER_REQD);
+    raw.send_option(1, b"disk");
+    assert!(raw.is_closed(), "the old form cannot follow extended headers");
+}
+
+#[test]
+fn a_payload_for_block_status_is_offered_with_extended_headers_and_contexts_only() {
+    let server = server();
+    for (style, selected, offered) in [(8, true, false), (11, false, false), (11, true, true)] {
+        let mut raw = server.connect();
+        raw.greet(3);
+        assert_eq!(last(&raw.option(style, &[])), ACK);
+        if selected {
+            assert_eq!(last(&raw.option(10, &contexts("disk", &["base:allocation"]))), ACK);
+        }
+        let replies = raw.option(7, &go("disk", &[]));
+        let export = &replies.iter().find(|(kind, data)| *kind == 3 && u16_at(data, 0) == 0).expect("size and flags").1;
+        assert_eq!(u16_at(export, 10) & (1 << 12) != 0, offered, "option {style}, contexts {selected}");
+    }
 }

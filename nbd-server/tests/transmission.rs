@@ -246,3 +246,91 @@ fn a_payload_nobody_can_send_ends_the_connection() {
     raw.request(1, 32, 1, 0, u64::MAX, &[]);
     assert!(raw.is_closed());
 }
+
+/// Payload of a BLOCK_STATUS: length of the effect, then contexts.
+fn filter(length: u64, contexts: &[u32]) -> Vec<u8> {
+    let mut payload = length.to_be_bytes().to_vec();
+    contexts.iter().for_each(|id| payload.extend(id.to_be_bytes()));
+    payload
+}
+
+#[test]
+fn a_payload_narrows_block_status_to_some_contexts() {
+    const PAYLOAD_LEN: u16 = 1 << 5;
+    for (_, server) in disks() {
+        let mut raw = server.open(Style::Extended);
+        raw.request(7, 0, 1, 0, SIZE, &[]);
+        let (first, second) = (raw.chunk(0), raw.chunk(0));
+        assert!(!first.done && second.done);
+        let ids = [u32_at(&first.payload, 0), u32_at(&second.payload, 0)];
+        for id in ids {
+            let payload = filter(2 * PAGE, &[id]);
+            raw.request(7, PAYLOAD_LEN, 2, 0, payload.len() as u64, &payload);
+            let chunk = raw.chunk(0);
+            assert_eq!((chunk.kind, chunk.done, u32_at(&chunk.payload, 0)), (6, true, id));
+            let extents: Vec<u64> = chunk.payload[8..].chunks(16).map(|extent| u64_at(extent, 0)).collect();
+            assert_eq!(extents, [PAGE, PAGE]);
+        }
+        let both = filter(PAGE, &ids);
+        raw.request(7, PAYLOAD_LEN, 3, 0, both.len() as u64, &both);
+        assert_eq!([raw.chunk(0).done, raw.chunk(0).done], [false, true]);
+    }
+}
+
+#[test]
+fn a_payload_that_narrows_to_nonsense_is_refused_and_the_connection_lives() {
+    const PAYLOAD_LEN: u16 = 1 << 5;
+    let (_, server) = &disks()[0];
+    let mut raw = server.open(Style::Extended);
+    let bad = [
+        (filter(PAGE, &[]), "no context"),
+        (filter(PAGE, &[77]), "a context that was not selected"),
+        (filter(PAGE, &[u32::MAX]), "a number that no context has"),
+        (filter(PAGE, &[1, 1]), "a context twice"),
+        (filter(0, &[1]), "no length"),
+        (filter(SIZE + 1, &[1]), "a length beyond the end"),
+        (vec![0; 7], "half a length"),
+        (filter(PAGE, &[1])[..11].to_vec(), "half a number"),
+        (Vec::new(), "nothing"),
+        (filter(PAGE, &[1; 100]), "more than anybody selects"),
+        (vec![0; 200_000], "more than the input buffer"),
+    ];
+    for (payload, what) in bad {
+        raw.request(7, PAYLOAD_LEN, 5, 0, payload.len() as u64, &payload);
+        assert_eq!(raw.outcome(5), INVAL, "{what}");
+    }
+    // The header alone first: nothing is answered before the payload is there.
+    raw.request(7, PAYLOAD_LEN, 6, 0, 12, &filter(PAGE, &[1])[..5]);
+    raw.send(&[&filter(PAGE, &[1])[5..]]);
+    assert_eq!((raw.chunk(0).kind, raw.read(0, 0, 1)), (6, Ok(vec![0])));
+    // Other commands take no payload; it is drained.
+    for command in [0_u16, 3, 4, 5, 6] {
+        raw.request(command, PAYLOAD_LEN, 7, 0, 100, &[0; 100]);
+        assert_eq!(raw.outcome(7), INVAL, "command {command}");
+    }
+    assert_eq!(raw.read(0, 0, 1), Ok(vec![0]));
+}
+
+#[test]
+fn effects_go_beyond_four_gibibytes_with_extended_headers() {
+    let disk = Arc::new(MemoryExport::new(10 << 30));
+    disk.write(9 << 30, b"here").expect("in range");
+    let server = Running::start(Arc::clone(&disk) as Arc<dyn Export>);
+    let mut raw = server.open(Style::Extended);
+    raw.request(5, 0, 1, 0, 10 << 30, &[]);
+    assert_eq!(raw.outcome(1), 0);
+    raw.request(7, 0, 2, 0, 10 << 30, &[]);
+    let chunk = raw.chunk(0);
+    assert_eq!(u64_at(&chunk.payload, 8), 9 << 30, "the first extent is longer than 32 bits can say");
+    raw.chunk(0);
+    raw.request(4, 0, 3, 1 << 30, 8 << 30, &[]);
+    assert_eq!(raw.outcome(3), 0);
+    assert_eq!(raw.read(0, 9 << 30, 4), Ok(b"here".to_vec()));
+    raw.request(6, 1, 4, 0, 10 << 30, &[]);
+    assert_eq!(raw.outcome(4), 0);
+    assert_eq!(raw.read(0, 9 << 30, 4), Ok(vec![0; 4]));
+    raw.request(6, 0, 5, 1, 10 << 30, &[]);
+    assert_eq!(raw.outcome(5), NOSPC);
+    raw.request(4, 0, 6, 1, u64::MAX, &[]);
+    assert_eq!(raw.outcome(6), INVAL);
+}

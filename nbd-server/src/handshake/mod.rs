@@ -12,13 +12,21 @@ use std::sync::Arc;
 
 use crate::control::Membership;
 use crate::table::Published;
-use crate::transmission::HeaderStyle;
+use crate::transmission::{ContextSet, HeaderStyle};
 
 /// What a handshake led to.
 pub(crate) struct Negotiated {
     pub(crate) published: Arc<Published>,
     pub(crate) style: HeaderStyle,
     pub(crate) contexts: Vec<Context>,
+}
+
+impl Negotiated {
+    /// The contexts by their numbers.
+    pub(crate) fn context_set(&self) -> ContextSet {
+        let ids = self.contexts.iter().map(|context| context.id);
+        ids.fold(ContextSet::NONE, |set, id| set.with(id).unwrap_or(set))
+    }
 }
 
 /// The outcome of a handshake that reached transmission.

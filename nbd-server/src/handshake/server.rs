@@ -48,8 +48,7 @@ struct Haggling<'a> {
     table: &'a ExportTable,
     control: &'a Arc<Control>,
     client_flags: u32,
-    structured: bool,
-    extended: bool,
+    style: HeaderStyle,
     /// Set by SET_META_CONTEXT; holds for one export only.
     contexts: Option<(ExportName, Vec<Context>)>,
     out: Vec<u8>,
@@ -79,9 +78,8 @@ pub(crate) async fn negotiate(
     if client_flags & !(client_flag::FIXED_NEWSTYLE | client_flag::NO_ZEROES) != 0 {
         return Err(HandshakeError::ClientFlags(client_flags));
     }
-    let (structured, extended, contexts) = (false, false, None);
-    let mut haggling =
-        Haggling { stream, table, control, client_flags, structured, extended, contexts, out: Vec::new() };
+    let (style, contexts) = (HeaderStyle::Simple, None);
+    let mut haggling = Haggling { stream, table, control, client_flags, style, contexts, out: Vec::new() };
     for _ in 0..MAX_OPTIONS {
         match haggling.option().await? {
             Next::Haggle => {}
@@ -161,13 +159,20 @@ impl Haggling<'_> {
                 Ok(None) => Ok(()),
                 Err(error) => Err(error),
             },
-            option::STRUCTURED_REPLY => no_data(data).map(|()| {
-                self.structured = true;
-                self.reply(kind, option_reply::ACK, &[]);
+            option::STRUCTURED_REPLY => no_data(data).map(|()| match self.style {
+                HeaderStyle::Simple => self.settle(kind, HeaderStyle::Structured),
+                HeaderStyle::Structured => {
+                    self.error(kind, option_reply::ERR_INVALID, "structured replies are in use already");
+                }
+                HeaderStyle::Extended => {
+                    self.error(kind, option_reply::ERR_EXT_HEADER_REQD, "extended headers are in use already");
+                }
             }),
-            option::EXTENDED_HEADERS => no_data(data).map(|()| {
-                self.extended = true;
-                self.reply(kind, option_reply::ACK, &[]);
+            option::EXTENDED_HEADERS => no_data(data).map(|()| match self.style {
+                HeaderStyle::Simple | HeaderStyle::Structured => self.settle(kind, HeaderStyle::Extended),
+                HeaderStyle::Extended => {
+                    self.error(kind, option_reply::ERR_INVALID, "extended headers are in use already");
+                }
             }),
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(kind, data),
             _ => {
@@ -179,6 +184,11 @@ impl Haggling<'_> {
             self.error(kind, option_reply::ERR_INVALID, &error.to_string());
         }
         Next::Haggle
+    }
+
+    fn settle(&mut self, kind: u32, style: HeaderStyle) {
+        self.style = style;
+        self.reply(kind, option_reply::ACK, &[]);
     }
 
     fn list(&mut self, data: &[u8]) -> Result<(), OptionError> {
@@ -233,7 +243,7 @@ impl Haggling<'_> {
             value.iter().for_each(|part| body.extend_from_slice(part));
             haggling.reply(kind, option_reply::INFO, &body);
         };
-        let flags = U16::new(published.flags(self.structured || self.extended));
+        let flags = U16::new(published.flags(self.style, self.has_contexts(&request.name)));
         fact(self, info::EXPORT, &[U64::new(published.size).as_bytes(), flags.as_bytes()]);
         if request.wanted.contains(&info::NAME) {
             fact(self, info::NAME, &[published.name.as_str().as_bytes()]);
@@ -253,7 +263,7 @@ impl Haggling<'_> {
         if kind == option::SET_META_CONTEXT {
             self.contexts = None; // a failed attempt leaves nothing selected
         }
-        if !self.structured && !self.extended {
+        if !self.style.is_structured() {
             self.error(kind, option_reply::ERR_INVALID, "structured replies first");
             return Ok(());
         }
@@ -289,7 +299,7 @@ impl Haggling<'_> {
 
     /// The old form: cannot be refused, only left.
     async fn export_name(&mut self, data: &[u8]) -> Result<Next, HandshakeError> {
-        if self.extended {
+        if self.style == HeaderStyle::Extended {
             return Err(HandshakeError::OldFormWithExtendedHeaders);
         }
         let name = ExportName::from_wire(data).map_err(OptionError::from)?;
@@ -299,7 +309,7 @@ impl Haggling<'_> {
             Some((published, membership))
         });
         let Some((published, membership)) = joined else { return Err(HandshakeError::UnknownExport(name)) };
-        let flags = U16::new(published.flags(self.structured));
+        let flags = U16::new(published.flags(self.style, self.has_contexts(&name)));
         let answer = RawExportNameAnswer { size: U64::new(published.size), flags };
         self.out.extend_from_slice(answer.as_bytes());
         if self.client_flags & client_flag::NO_ZEROES == 0 {
@@ -309,22 +319,22 @@ impl Haggling<'_> {
         self.send(Next::Transmit(outcome)).await
     }
 
+    /// Whether contexts are selected for the export of this name.
+    fn has_contexts(&self, name: &ExportName) -> bool {
+        self.contexts.as_ref().is_some_and(|(of, contexts)| of == name && !contexts.is_empty())
+    }
+
     fn outcome(
         &mut self,
         name: &ExportName,
         published: Arc<Published>,
         membership: crate::control::Membership,
     ) -> Outcome {
-        let style = match (self.extended, self.structured) {
-            (true, _) => HeaderStyle::Extended,
-            (false, true) => HeaderStyle::Structured,
-            (false, false) => HeaderStyle::Simple,
-        };
         let contexts = match self.contexts.take() {
             Some((of, contexts)) if of == *name => contexts,
             _ => Vec::new(),
         };
-        Outcome { negotiated: Negotiated { published, style, contexts }, membership }
+        Outcome { negotiated: Negotiated { published, style: self.style, contexts }, membership }
     }
 
     fn error(&mut self, option: u32, kind: u32, message: &str) {

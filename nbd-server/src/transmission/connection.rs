@@ -90,7 +90,7 @@ pub(crate) async fn run(connection: Connection, shared: Arc<Shared>, membership:
         read_only: published.read_only,
         block_size: published.block_size,
         fast_zeroes: published.fast_zeroes,
-        has_contexts: !connection.negotiated.contexts.is_empty(),
+        contexts: connection.negotiated.context_set(),
     };
     let mut task = Task {
         connection: Arc::new(connection),
@@ -222,6 +222,11 @@ impl Task {
                             return Progress::Held;
                         }
                         Some(Ok(header)) => {
+                            let whole =
+                                self.terms.style.request_len() + header.filter_len(self.terms.style).unwrap_or(0);
+                            if buffered.len() < whole {
+                                return Progress::NeedInput;
+                            }
                             self.start += self.terms.style.request_len();
                             self.header(header);
                             if self.ending.is_some() {
@@ -255,7 +260,14 @@ impl Task {
         }
     }
 
-    fn header(&mut self, header: Header) {
+    fn header(&mut self, mut header: Header) {
+        if let Some(length) = header.filter_len(self.terms.style) {
+            let terms = self.terms;
+            match header.filtered(self.take(length), &terms) {
+                Ok(filtered) => header = filtered,
+                Err(refusal) => return self.refuse(&header, refusal),
+            }
+        }
         let payload = header.payload_len(self.terms.style);
         match header.check(&self.terms) {
             Ok(request) => self.request(request),

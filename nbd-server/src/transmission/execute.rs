@@ -79,9 +79,9 @@ fn answer(
             reply.read(&mut pieces, length, fragment);
             return Ok(());
         }
-        Command::BlockStatus { extents } => {
+        Command::BlockStatus { extents, contexts: wanted } => {
             let mut answers = Vec::with_capacity(contexts.len());
-            for context in contexts {
+            for context in contexts.iter().filter(|context| wanted.contains(context.id)) {
                 answers.push((context.id, status(published, context, request, extents)?));
             }
             let last = answers.len().saturating_sub(1);

@@ -19,5 +19,5 @@ mod shared;
 mod stall;
 
 pub(crate) use connection::run;
-pub(crate) use request::HeaderStyle;
+pub(crate) use request::{ContextSet, HeaderStyle};
 pub(crate) use shared::{Connection, Shared};

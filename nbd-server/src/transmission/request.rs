@@ -1,10 +1,13 @@
 //! From request headers to [`Request`]s: the one gate between what a client sends and what an export is asked.
 
 use zerocopy::FromBytes;
+use zerocopy::big_endian::U32;
 
 use crate::export::{BlockSize, ZeroMode};
+use crate::limits::MAX_CONTEXTS;
 use crate::wire::{
-    self, EXTENDED_REQUEST_MAGIC, Errno, REQUEST_MAGIC, RawExtendedRequest, RawRequest, command, command_flag,
+    self, EXTENDED_REQUEST_MAGIC, Errno, REQUEST_MAGIC, RawExtendedRequest, RawRequest, RawStatusFilter, command,
+    command_flag,
 };
 
 /// Which headers were negotiated.
@@ -40,8 +43,27 @@ pub(crate) struct Terms {
     pub(crate) read_only: bool,
     pub(crate) block_size: BlockSize,
     pub(crate) fast_zeroes: bool,
-    /// Whether the client has selected at least one metadata context.
-    pub(crate) has_contexts: bool,
+    /// The metadata contexts that the client has selected.
+    pub(crate) contexts: ContextSet,
+}
+
+/// Metadata contexts by their numbers, which are small and never 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ContextSet(u32);
+const _: () = assert!(MAX_CONTEXTS < 32);
+
+impl ContextSet {
+    pub(crate) const ALL: ContextSet = ContextSet(u32::MAX);
+    pub(crate) const NONE: ContextSet = ContextSet(0);
+
+    pub(crate) fn contains(self, id: u32) -> bool {
+        id < 32 && self.0 & (1 << id) != 0
+    }
+
+    /// With one more; `None` if it cannot be the number of a context, or is there already.
+    pub(crate) fn with(self, id: u32) -> Option<ContextSet> {
+        (id < 32 && !self.contains(id)).then(|| ContextSet(self.0 | 1 << id))
+    }
 }
 
 /// A request header as sent, both styles; nothing but the magic is known to be right.
@@ -52,7 +74,12 @@ pub(crate) struct Header {
     pub(crate) cookie: u64,
     pub(crate) offset: u64,
     pub(crate) length: u64,
+    /// What a BLOCK_STATUS is about; its payload may name some.
+    pub(crate) contexts: ContextSet,
 }
+
+/// Longest payload of a BLOCK_STATUS that can make sense.
+const FILTER_MAX: u64 = (size_of::<RawStatusFilter>() + MAX_CONTEXTS * size_of::<U32>()) as u64;
 
 /// The magic of a request is wrong: requests can no longer be told from payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -80,7 +107,7 @@ pub(crate) enum Command {
     Trim,
     Cache,
     WriteZeroes(ZeroMode),
-    BlockStatus { extents: Extents },
+    BlockStatus { extents: Extents, contexts: ContextSet },
     Disconnect,
 }
 
@@ -117,6 +144,8 @@ pub(crate) enum Refusal {
     ReadOnly,
     #[error("no metadata context was selected")]
     NoContext,
+    #[error("the payload does not name contexts that were selected, each once")]
+    Filter,
     #[error("length is zero")]
     Empty,
     #[error("the export is shutting down")]
@@ -133,6 +162,7 @@ impl Refusal {
             | Refusal::Misaligned
             | Refusal::TooLarge
             | Refusal::NoContext
+            | Refusal::Filter
             | Refusal::Empty => Errno::Inval,
             Refusal::WriteOutOfRange => Errno::NoSpc,
             Refusal::ReadOnly => Errno::Perm,
@@ -166,6 +196,7 @@ impl Header {
             cookie: raw.cookie.get(),
             offset: raw.offset.get(),
             length: u64::from(raw.length.get()),
+            contexts: ContextSet::ALL,
         })
     }
 
@@ -179,6 +210,7 @@ impl Header {
             cookie: raw.cookie.get(),
             offset: raw.offset.get(),
             length: raw.length.get(),
+            contexts: ContextSet::ALL,
         })
     }
 
@@ -187,6 +219,27 @@ impl Header {
     pub(crate) fn payload_len(&self, style: HeaderStyle) -> u64 {
         let announced = style == HeaderStyle::Extended && self.flags & command_flag::PAYLOAD_LEN != 0;
         if self.command == command::WRITE || announced { self.length } else { 0 }
+    }
+
+    /// Length of the payload that says what a BLOCK_STATUS is about, if one follows that can make sense: it is looked at
+    /// together with the header.
+    pub(crate) fn filter_len(&self, style: HeaderStyle) -> Option<usize> {
+        let announced = style == HeaderStyle::Extended && self.flags & command_flag::PAYLOAD_LEN != 0;
+        let follows = announced && self.command == command::BLOCK_STATUS && self.length <= FILTER_MAX;
+        usize::try_from(self.length).ok().filter(|_| follows)
+    }
+
+    /// The header of a BLOCK_STATUS with what its payload says: the length of the effect and some of the contexts that
+    /// the client has selected.
+    pub(crate) fn filtered(&self, payload: &[u8], terms: &Terms) -> Result<Header, Refusal> {
+        let (raw, rest) = RawStatusFilter::ref_from_prefix(payload).map_err(|_| Refusal::Filter)?;
+        let ids = <[U32]>::ref_from_bytes(rest).map_err(|_| Refusal::Filter)?;
+        let mut contexts = ContextSet::NONE;
+        for id in ids {
+            let id = Some(id.get()).filter(|id| terms.contexts.contains(*id)).ok_or(Refusal::Filter)?;
+            contexts = contexts.with(id).ok_or(Refusal::Filter)?;
+        }
+        Ok(Header { length: raw.length.get(), flags: self.flags & !command_flag::PAYLOAD_LEN, contexts, ..*self })
     }
 
     /// The one gate.
@@ -227,7 +280,7 @@ impl Header {
                 Ok(request)
             }
             Command::BlockStatus { .. } => {
-                if !terms.has_contexts {
+                if terms.contexts == ContextSet::NONE || self.contexts == ContextSet::NONE {
                     return Err(Refusal::NoContext);
                 }
                 if self.length == 0 {
@@ -261,7 +314,7 @@ impl Header {
             }
             command::BLOCK_STATUS => {
                 let extents = if has(command_flag::REQ_ONE) { Extents::One } else { Extents::Many };
-                (Command::BlockStatus { extents }, command_flag::REQ_ONE)
+                (Command::BlockStatus { extents, contexts: self.contexts }, command_flag::REQ_ONE)
             }
             _ => return Err(Refusal::UnknownCommand),
         };
