@@ -44,6 +44,10 @@ impl Problem {
             BackupError::SourceChanged { .. } => {
                 problem.hint("no recovery point was made; back it up again when nobody resizes it")
             }
+            BackupError::SourceDiffers { .. } => problem.hint(
+                "no recovery point was made; back up a snapshot, or the machine when it is off, and see to the disk if nobody writes to it",
+            ),
+            BackupError::Unreadable { source, .. } => Problem::from_read(&format!("{title}: {error}"), source),
             BackupError::NoSpace { .. } => problem.hint(MAKE_ROOM),
             BackupError::Index(cause) => Problem::from_read(&format!("{title}: {error}"), cause),
             BackupError::Disk { .. } => problem.with_kind(Kind::Usage),

@@ -65,8 +65,9 @@ fn back_up(
     image: &std::path::Path,
     parent: Option<&RecoveryPoint>,
 ) -> Result<RecoveryPoint, Box<dyn Error>> {
+    let source = FileSource::open(image)?;
     let mut backup = repository.begin_backup("bench", parent, Arc::new(Progress::new()))?;
-    backup.add_disk("disk0", &FileSource::open(image)?)?;
+    backup.add_disk("disk0", &source)?;
     Ok(backup.seal(PointDetails::default())?)
 }
 

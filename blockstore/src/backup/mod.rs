@@ -1,8 +1,9 @@
 //! [`Backup`]: captures disks into a new recovery point.
 //!
 //! Durable writes, in this order (docs/format/repository.md): packs, index runs, the point, and only then the merge of
-//! small runs. A backup that fails or is dropped leaves at most packs and runs that no point needs.
+//! small runs. Before the point a sample of every disk is compared with its source. A backup that fails or is dropped leaves at most packs and runs that no point needs.
 
+mod compare;
 mod pipeline;
 mod source;
 mod writer;
@@ -27,6 +28,7 @@ use crate::point::{Consistency, MAX_DISKS, PointStats, PointText, PointedDisk, R
 use crate::progress::Progress;
 use crate::read::{ManifestReader, ReadShared};
 use crate::storage::{Object, is_no_space};
+use compare::{Sample, compare};
 use pipeline::Capture;
 use writer::{Shared, Writer};
 
@@ -52,6 +54,26 @@ pub enum BackupError {
         before: u64,
         /// Size at the end.
         after: u64,
+    },
+    /// A chunk of the source is another one than was stored.
+    #[error(
+        "disk {disk:?} at offset {offset} is not what was stored: the source changed while it was backed up, or was misread"
+    )]
+    SourceDiffers {
+        /// Which disk.
+        disk: String,
+        /// Where the chunk begins.
+        offset: u64,
+    },
+    /// What was stored cannot be read back.
+    #[error("what was stored of disk {disk:?} at offset {offset} cannot be read back")]
+    Unreadable {
+        /// Which disk.
+        disk: String,
+        /// Where the chunk begins.
+        offset: u64,
+        /// Why.
+        source: ReadError,
     },
     /// The repository's storage is full.
     #[error("no space left in the repository for {object}")]
@@ -144,31 +166,38 @@ pub struct PointDetails {
 }
 
 /// A recovery point in the making. Dropped without [`Backup::seal`] it leaves nothing that counts.
-pub struct Backup {
+pub struct Backup<'s> {
     read: Arc<ReadShared>,
     shared: Arc<Shared>,
     writer: Option<Writer>,
     machine: String,
     parent: Option<RecoveryPoint>,
     disks: Vec<PointedDisk>,
+    captured: Vec<Captured<'s>>,
     stats: PointStats,
     began: Instant,
     time_unix_ns: u64,
 }
 
-impl std::fmt::Debug for Backup {
+/// What is to be compared when all is stored.
+struct Captured<'s> {
+    source: &'s dyn Source,
+    sample: Sample,
+}
+
+impl std::fmt::Debug for Backup<'_> {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         out.debug_struct("Backup").field("machine", &self.machine).field("disks", &self.disks).finish_non_exhaustive()
     }
 }
 
-impl Backup {
+impl<'s> Backup<'s> {
     pub(crate) fn begin(
         read: Arc<ReadShared>,
         machine: &str,
         parent: Option<&RecoveryPoint>,
         progress: Arc<Progress>,
-    ) -> Result<Backup, BackupError> {
+    ) -> Result<Backup<'s>, BackupError> {
         read.fetcher.index.refresh().map_err(BackupError::Index)?; // other processes write, too
         if let Err(error) = read.fetcher.storage.tidy() {
             warn!(%error, "temporary files of killed writers not removed, the next backup will try again");
@@ -183,6 +212,7 @@ impl Backup {
             machine: machine.to_owned(),
             parent: parent.cloned(),
             disks: Vec::new(),
+            captured: Vec::new(),
             stats: PointStats::default(),
             began: Instant::now(),
             time_unix_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
@@ -190,15 +220,16 @@ impl Backup {
     }
 
     /// Captures a disk. Chunks equal to the parent's disk of the same name are neither looked up nor stored. After an
-    /// error the backup is lost: every later call returns [`BackupError::Failed`].
-    pub fn add_disk(&mut self, name: &str, source: &dyn Source) -> Result<DiskStats, BackupError> {
+    /// error the backup is lost: every later call returns [`BackupError::Failed`]. The source is read once more, in
+    /// part, when the backup is sealed.
+    pub fn add_disk(&mut self, name: &str, source: &'s dyn Source) -> Result<DiskStats, BackupError> {
         let Some(mut writer) = self.writer.take() else { return Err(BackupError::Failed) };
         let captured = self.capture(name, source, &mut writer)?; // an error drops the writer
         self.writer = Some(writer);
         Ok(captured)
     }
 
-    fn capture(&mut self, name: &str, source: &dyn Source, writer: &mut Writer) -> Result<DiskStats, BackupError> {
+    fn capture(&mut self, name: &str, source: &'s dyn Source, writer: &mut Writer) -> Result<DiskStats, BackupError> {
         let refuse = |reason| BackupError::Disk { disk: name.to_owned(), reason };
         if !is_disk_name(name) {
             return Err(refuse("its name is empty, too long or holds a slash or control characters"));
@@ -220,7 +251,8 @@ impl Backup {
         });
         self.shared.progress.add_total(size);
         let capture = Capture { name, source, size, shape, parent: parent.as_ref(), shared: &self.shared };
-        let (root, mut stats) = capture.run(writer)?;
+        let mut sample = Sample::new(self.sample_seed(name));
+        let (root, mut stats) = capture.run(writer, &mut sample)?;
         let after = source.current_size();
         let after = after.map_err(|source| BackupError::Source { disk: name.to_owned(), offset: size, source })?;
         if after != size {
@@ -232,19 +264,29 @@ impl Backup {
         self.stats.new_bytes += stats.new_bytes;
         self.stats.unchanged_chunks += stats.unchanged_chunks;
         self.disks.push(PointedDisk { name: name.to_owned(), size, chunk_size, root });
+        self.captured.push(Captured { source, sample });
         Ok(stats)
     }
 
-    /// Makes everything durable and writes the recovery point.
+    /// Another sample for each backup, and the same one for the same backup.
+    fn sample_seed(&self, disk: &str) -> u64 {
+        let text = format!("{}/{disk}/{}", self.machine, self.time_unix_ns);
+        u64::from_le_bytes(blake3::hash(text.as_bytes()).as_bytes().first_chunk().copied().unwrap_or_default())
+    }
+
+    /// Makes everything durable, compares a sample of it with the sources, and writes the recovery point.
     ///
-    /// Order: (1) packs, (2) index runs, (3) the point, (4) merged runs. A point before 1 or 2 could survive a power
-    /// cut that takes what it names.
+    /// Order: (1) packs, (2) index runs, (3) the compare, (4) the point, (5) merged runs. A point before 1 or 2 could
+    /// survive a power cut that takes what it names; before 3 it could be one that does not hold what the source does.
     pub fn seal(mut self, details: PointDetails) -> Result<RecoveryPoint, BackupError> {
         let Some(writer) = self.writer.take() else { return Err(BackupError::Failed) };
         if self.shared.progress.is_cancelled() {
             return Err(BackupError::Cancelled);
         }
         writer.finish()?;
+        for (disk, Captured { source, sample }) in self.disks.iter().zip(std::mem::take(&mut self.captured)) {
+            self.stats.compared += compare(&self.read, source, disk, sample, &self.shared.progress)?;
+        }
         self.stats.stored_bytes = self.shared.stored();
         self.stats.seconds = self.began.elapsed().as_secs_f64();
         let text = PointText {

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
+use super::compare::Sample;
 use super::source::Source;
 use super::writer::{Shared, Writer};
 use super::{BackupError, DiskStats};
@@ -58,6 +59,8 @@ enum Captured {
 }
 
 struct Done {
+    /// The number of the first chunk.
+    first: u64,
     chunks: Vec<Captured>,
     zeroes: u64,
     payloads: Vec<u8>,
@@ -102,7 +105,7 @@ impl Window {
 
 impl Capture<'_> {
     /// Captures the disk and returns its root.
-    pub fn run(&self, writer: &mut Writer) -> Result<(ChunkId, DiskStats), BackupError> {
+    pub fn run(&self, writer: &mut Writer, sample: &mut Sample) -> Result<(ChunkId, DiskStats), BackupError> {
         let workers = thread::available_parallelism().map_or(2, |cores| cores.get().min(32));
         let dispenser = Mutex::new(Dispenser { number: 0, chunk: 0, data: None, leaf: None, parent_lost: false });
         let window = Window {
@@ -124,7 +127,7 @@ impl Capture<'_> {
                     break;
                 }
             }
-            let packed = self.pack(&window, writer);
+            let packed = self.pack(&window, writer, sample);
             if let Err(error) = packed {
                 self.shared.fail(error);
                 window.changed.notify_all();
@@ -243,7 +246,8 @@ impl Capture<'_> {
         payloads.clear();
         let count = unit.chunks.end - unit.chunks.start;
         if unit.hole {
-            return Ok(Done { chunks: Vec::new(), zeroes: count, payloads, unchanged: 0, read: 0 });
+            let first = unit.chunks.start;
+            return Ok(Done { first, chunks: Vec::new(), zeroes: count, payloads, unchanged: 0, read: 0 });
         }
         let size = self.chunk_size();
         let offset = unit.chunks.start * size;
@@ -258,8 +262,14 @@ impl Capture<'_> {
             offset,
             source,
         })?;
-        let mut done =
-            Done { chunks: Vec::with_capacity(to_usize(count)), zeroes: 0, payloads, unchanged: 0, read: real };
+        let mut done = Done {
+            first: unit.chunks.start,
+            chunks: Vec::with_capacity(to_usize(count)),
+            zeroes: 0,
+            payloads,
+            unchanged: 0,
+            read: real,
+        };
         for (number, chunk) in unit.chunks.clone().zip(plain.chunks_exact(to_usize(size))) {
             let captured = if is_zero(chunk) {
                 Captured::Zero
@@ -283,7 +293,12 @@ impl Capture<'_> {
     }
 
     /// Takes the units in order, appends what is new and builds the tree.
-    fn pack(&self, window: &Window, writer: &mut Writer) -> Result<(ChunkId, DiskStats), BackupError> {
+    fn pack(
+        &self,
+        window: &Window,
+        writer: &mut Writer,
+        sample: &mut Sample,
+    ) -> Result<(ChunkId, DiskStats), BackupError> {
         let mut tree = TreeBuilder::new(self.shape);
         let mut stats = DiskStats::default();
         loop {
@@ -309,6 +324,9 @@ impl Capture<'_> {
             };
             window.changed.notify_all();
             let Some(done) = done else { break };
+            let first = done.first;
+            (first..).zip(&done.chunks).for_each(|(chunk, _)| sample.offer(chunk));
+            sample.offer_hole(first, done.zeroes);
             let payloads = self.pack_unit(done, &mut tree, writer, &mut stats)?;
             window.lock().buffers.push(payloads);
         }

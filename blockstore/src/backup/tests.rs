@@ -55,11 +55,12 @@ fn several_disks_share_chunks_and_keep_their_names() {
     let folder = SimFolder::new(1);
     let repository = new_repository(&folder);
     let (a, b) = (mixed_disk(1, 40 * SIZE), mixed_disk(2, 10 * SIZE + 5));
+    let sources = [&a, &b].map(|disk| MemorySource::new(disk.clone()));
     let mut backup = repository.begin_backup("web01", None, Arc::default()).expect("begins");
-    backup.add_disk("a", &MemorySource::new(a.clone())).expect("captures");
-    let second = backup.add_disk("copy of a", &MemorySource::new(a.clone())).expect("captures");
+    backup.add_disk("a", &sources[0]).expect("captures");
+    let second = backup.add_disk("copy of a", &sources[0]).expect("captures");
     assert_eq!((second.new_chunks, second.new_nodes), (0, 0));
-    backup.add_disk("b", &MemorySource::new(b.clone())).expect("captures");
+    backup.add_disk("b", &sources[1]).expect("captures");
     let details = PointDetails {
         labels: BTreeMap::from([("k".into(), "v".into())]),
         consistency: Consistency::Application,
@@ -80,8 +81,9 @@ fn holes_are_not_read_and_zero_chunks_not_stored() {
     let repository = new_repository(&folder);
     let source = sparse(2000 * SIZE, 700 * SIZE + 5..703 * SIZE - 5, 1);
     let (point, stats) = run(&repository, &source, None).expect("backs up");
-    assert_eq!(source.read.load(Ordering::Relaxed), 3 * SIZE as u64);
     assert_eq!((stats.read, stats.new_chunks), (3 * SIZE as u64, 3));
+    assert_eq!(point.stats.compared, 3 + 2, "the data, and a chunk of each hole");
+    assert_eq!(source.read.load(Ordering::Relaxed), (3 + 5) * SIZE as u64);
     assert_eq!(restored(&repository, &point, "disk0"), source.bytes);
     let zeroes = MemorySource::new(vec![0; 2000 * SIZE]);
     let (point, stats) = run(&repository, &zeroes, None).expect("backs up");
@@ -126,6 +128,10 @@ impl Source for Big {
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         for (at, part) in (offset..).step_by(SIZE).zip(buf.chunks_mut(SIZE)) {
+            if !RANGES.iter().any(|start| (*start..start + (64 << 10)).contains(&at)) {
+                part.fill(0);
+                continue;
+            }
             part.fill(if self.changed == Some(at) { 9 } else { 1 + (at >> 14).to_le_bytes()[0] % 3 });
         }
         Ok(())
@@ -190,8 +196,9 @@ fn a_source_error_names_the_offset_and_leaves_the_repository_clean() {
     let (point, _) = back_up(&repository, &disk, None).expect("backs up");
     let mut source = MemorySource::new(mixed_disk(2, 500 * SIZE));
     source.fail_at = Some(300 * SIZE as u64 + 7);
+    let good = MemorySource::new(mixed_disk(3, 100 * SIZE));
     let mut backup = repository.begin_backup("web01", None, Arc::default()).expect("begins");
-    backup.add_disk("good", &MemorySource::new(mixed_disk(3, 100 * SIZE))).expect("captures");
+    backup.add_disk("good", &good).expect("captures");
     match backup.add_disk("bad", &source) {
         Err(BackupError::Source { disk, offset, .. }) => {
             let place = offset..offset + (1 << 20);
@@ -213,8 +220,9 @@ fn a_backup_dropped_without_seal_leaves_nothing_that_counts_and_the_next_is_whol
     let folder = SimFolder::new(1);
     let repository = new_repository(&folder);
     let disk = mixed_disk(1, 300 * SIZE);
+    let source = MemorySource::new(disk.clone());
     let mut backup = repository.begin_backup("web01", None, Arc::default()).expect("begins");
-    backup.add_disk("disk0", &MemorySource::new(disk.clone())).expect("captures");
+    backup.add_disk("disk0", &source).expect("captures");
     drop(backup);
     assert!(repository.list_points().expect("lists").is_empty());
     assert!(verify(&repository, true).is_ok());
@@ -312,4 +320,75 @@ fn a_sparse_file_is_read_where_it_holds_data() {
     assert!(restored == std::fs::read(&path).expect("reads"));
     file.set_len(101 << 20).expect("extends");
     assert_eq!(source.current_size().expect("asks"), 101 << 20);
+}
+
+/// Back up `source` and expect that it fails before there is a point; the error.
+fn fails(repository: &Repository, source: &dyn Source, parent: Option<&RecoveryPoint>) -> BackupError {
+    let points = repository.list_points().expect("lists").len();
+    let error = run(repository, source, parent).expect_err("the compare fails");
+    assert_eq!(repository.list_points().expect("lists").len(), points, "{error}");
+    error
+}
+
+#[test]
+fn a_source_that_says_something_else_the_second_time_fails_the_backup() {
+    let repository = new_repository(&SimFolder::new(1));
+    let disk = mixed_disk(1, 50 * SIZE + 77);
+    let (parent, _) = back_up(&repository, &disk, None).expect("backs up");
+    assert_eq!(parent.stats.compared, 51);
+    // In a chunk, and in the padded end; once stored anew, once found in the index, once as in the parent.
+    for at in [17 * SIZE + 5, 50 * SIZE + 76] {
+        for (bytes, parent) in [(mixed_disk(2, disk.len()), None), (disk.clone(), None), (disk.clone(), Some(&parent))]
+        {
+            let mut source = MemorySource::new(bytes);
+            source.lies_at = Some(at as u64);
+            match fails(&repository, &source, parent) {
+                BackupError::SourceDiffers { disk, offset } => {
+                    assert_eq!((disk.as_str(), offset), ("disk0", (at / SIZE * SIZE) as u64));
+                }
+                other => panic!("{other}"),
+            }
+        }
+    }
+    assert!(verify(&repository, true).is_ok());
+}
+
+#[test]
+fn a_source_that_calls_data_a_hole_is_found_out() {
+    let repository = new_repository(&SimFolder::new(1));
+    let mut source = sparse(40 * SIZE, 10 * SIZE..20 * SIZE, 1);
+    source.bytes[30 * SIZE..40 * SIZE].fill(3); // no data range names it
+    source.bytes[20 * SIZE..30 * SIZE].fill(3);
+    let error = fails(&repository, &source, None);
+    assert!(matches!(error, BackupError::SourceDiffers { offset, .. } if offset >= 20 * SIZE as u64), "{error}");
+}
+
+#[test]
+fn a_storage_that_does_not_give_back_what_it_took_fails_the_backup() {
+    let folder = SimFolder::new(1);
+    let disk = mixed_disk(1, 30 * SIZE);
+    drop(new_repository(&folder));
+    let storage = Arc::new(BadStorage::new(sim_storage(&folder)));
+    let repository = Repository::open(storage.clone(), Some(&key(1)), 4 << 20).expect("opens");
+    storage.damages_packs.store(true, Ordering::Relaxed);
+    match fails(&repository, &MemorySource::new(disk.clone()), None) {
+        BackupError::Unreadable { disk, .. } => assert_eq!(disk, "disk0"),
+        other => panic!("{other}"),
+    }
+    // What is found is marked, so that the next backups do not build on it: one for the nodes' pack, one for the data's.
+    storage.damages_packs.store(false, Ordering::Relaxed);
+    let point = (0..3).find_map(|_| Some(back_up(&repository, &disk, None).ok()?.0)).expect("backs up");
+    assert_eq!(restored(&open_repository(&folder), &point, "disk0"), disk);
+}
+
+#[test]
+fn a_backup_cancelled_while_it_compares_leaves_no_point() {
+    let repository = new_repository(&SimFolder::new(1));
+    let progress = Arc::new(Progress::new());
+    let source = MemorySource::new(mixed_disk(1, 30 * SIZE));
+    let mut backup = repository.begin_backup("web01", None, progress.clone()).expect("begins");
+    backup.add_disk("disk0", &source).expect("captures");
+    progress.cancel();
+    assert!(matches!(backup.seal(PointDetails::default()), Err(BackupError::Cancelled)));
+    assert!(repository.list_points().expect("lists").is_empty());
 }

@@ -2,17 +2,23 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSliceMut, Seek, SeekFrom};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom as RawSeek, fallocate, flock, seek};
+use rustix::fs::{
+    Advice, FallocateFlags, FlockOperation, OFlags, SeekFrom as RawSeek, fadvise, fallocate, flock, seek,
+};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use super::{Disk, Entry, Folder};
 
 /// Zeroes are written in pieces of this size where a hole cannot be punched.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// No page of the page cache is smaller.
+const PAGE: u64 = 4096;
 
 /// A directory of the host. Paths that are absolute or contain `..` are refused.
 #[derive(Debug, Clone)]
@@ -214,6 +220,12 @@ impl Disk for LocalDisk {
             Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    fn forget(&self, offset: u64, length: u64) {
+        let start = offset - offset % PAGE; // only whole pages are let go of
+        let end = offset.saturating_add(length).div_ceil(PAGE).saturating_mul(PAGE);
+        let _ = fadvise(&self.file, start, NonZeroU64::new(end - start), Advice::DontNeed);
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {

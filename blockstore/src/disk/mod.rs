@@ -25,6 +25,11 @@ pub trait Disk: Send + Sync + Debug {
         Ok(false)
     }
 
+    /// Lets go of what is kept in memory of a range, so that the next read of it comes from the device. A hint.
+    fn forget(&self, offset: u64, length: u64) {
+        let _ = (offset, length);
+    }
+
     /// Writes all of `data` at `offset`, extending the file if needed. Durable only after [`Disk::sync`].
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 

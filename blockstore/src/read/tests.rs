@@ -253,8 +253,10 @@ impl crate::Source for Huge {
     fn size(&self) -> u64 {
         4 << 40
     }
-    fn read_at(&self, _: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        buf.fill(3);
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        buf.fill(0);
+        let hole = ((4 << 40) - 4096u64).saturating_sub(offset) as usize;
+        buf.iter_mut().skip(hole).for_each(|byte| *byte = 3);
         Ok(())
     }
     fn next_data(&self, offset: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {

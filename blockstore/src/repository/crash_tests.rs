@@ -54,8 +54,9 @@ fn check(folder: &SimFolder, earlier: &RecoveryPoint, acknowledged: Option<Recov
 
 fn second_backup(folder: &SimFolder, parent: &RecoveryPoint) -> Option<RecoveryPointId> {
     let repository = Repository::open(sim_storage(folder), Some(&key(1)), 1 << 20).ok()?;
+    let source = MemorySource::new(second_disk());
     let mut backup = repository.begin_backup("second", Some(parent), Arc::new(Progress::new())).ok()?;
-    backup.add_disk("disk0", &MemorySource::new(second_disk())).ok()?;
+    backup.add_disk("disk0", &source).ok()?;
     Some(backup.seal(PointDetails::default()).ok()?.id)
 }
 

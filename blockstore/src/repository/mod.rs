@@ -113,12 +113,12 @@ impl Repository {
     }
 
     /// Begins a recovery point. With a parent, chunks equal to the parent's are recognised without a lookup.
-    pub fn begin_backup(
+    pub fn begin_backup<'s>(
         &self,
         machine: &str,
         parent: Option<&RecoveryPoint>,
         progress: Arc<Progress>,
-    ) -> Result<Backup, BackupError> {
+    ) -> Result<Backup<'s>, BackupError> {
         Backup::begin(self.shared.clone(), machine, parent, progress)
     }
 

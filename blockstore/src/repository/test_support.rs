@@ -14,7 +14,7 @@ use crate::progress::Progress;
 use crate::repository::{Repository, VerifyOptions, VerifyReport};
 use crate::restore::{Target, ZeroPolicy, restore};
 use crate::sim::SimFolder;
-use crate::storage::{LocalStorage, Storage};
+use crate::storage::{Listed, LocalStorage, Object, ObjectKind, Storage};
 
 pub const CHUNK: u32 = 16 << 10;
 
@@ -26,6 +26,8 @@ pub struct MemorySource {
     /// Reading at or after this offset fails.
     pub fail_at: Option<u64>,
     pub grows: bool,
+    /// When all of it has been read once, the byte here is another one.
+    pub lies_at: Option<u64>,
     pub read: AtomicU64,
     /// Cancels this when half is read.
     pub cancels: Option<Arc<Progress>>,
@@ -35,7 +37,7 @@ impl MemorySource {
     pub fn new(bytes: Vec<u8>) -> MemorySource {
         let all = 0..bytes.len() as u64;
         let data = if bytes.is_empty() { vec![] } else { vec![all] };
-        MemorySource { bytes, data, fail_at: None, grows: false, read: AtomicU64::new(0), cancels: None }
+        MemorySource { bytes, data, fail_at: None, grows: false, lies_at: None, read: AtomicU64::new(0), cancels: None }
     }
 }
 
@@ -55,6 +57,9 @@ impl Source for MemorySource {
             progress.cancel();
         }
         buf.copy_from_slice(&self.bytes[offset as usize..end as usize]);
+        if let Some(at) = self.lies_at.filter(|at| read >= self.size() && (offset..end).contains(at)) {
+            buf[(at - offset) as usize] ^= 1;
+        }
         Ok(())
     }
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
@@ -63,6 +68,54 @@ impl Source for MemorySource {
     }
     fn current_size(&self) -> io::Result<u64> {
         Ok(self.size() + u64::from(self.grows))
+    }
+}
+
+/// A storage that changes a byte in the middle of every pack it is given, when told to.
+#[derive(Debug)]
+pub struct BadStorage {
+    storage: Arc<dyn Storage>,
+    pub damages_packs: AtomicBool,
+}
+
+impl BadStorage {
+    pub fn new(storage: Arc<dyn Storage>) -> BadStorage {
+        BadStorage { storage, damages_packs: AtomicBool::new(false) }
+    }
+}
+
+impl Storage for BadStorage {
+    fn put(&self, object: &Object, bytes: &[u8]) -> io::Result<()> {
+        let mut bytes = bytes.to_vec();
+        if matches!(object, Object::Pack(_)) && self.damages_packs.load(Ordering::Relaxed) {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+        }
+        self.storage.put(object, &bytes)
+    }
+    fn create(&self, object: &Object, bytes: &[u8]) -> io::Result<()> {
+        self.storage.create(object, bytes)
+    }
+    fn get(&self, object: &Object, max: u64) -> io::Result<bytes::Bytes> {
+        self.storage.get(object, max)
+    }
+    fn get_range(&self, object: &Object, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.storage.get_range(object, offset, buf)
+    }
+    fn len(&self, object: &Object) -> io::Result<u64> {
+        self.storage.len(object)
+    }
+    fn list(&self, kind: ObjectKind) -> io::Result<Vec<Listed>> {
+        self.storage.list(kind)
+    }
+    fn delete(&self, object: &Object) -> io::Result<()> {
+        self.storage.delete(object)
+    }
+    fn map(&self, object: &Object) -> io::Result<crate::Mapping> {
+        self.storage.map(object)
+    }
+    fn is_vacant(&self) -> io::Result<bool> {
+        self.storage.is_vacant()
     }
 }
 

@@ -232,6 +232,12 @@ impl Storage for LocalStorage {
         }
     }
 
+    fn forget(&self, object: &Object, offset: u64, len: u64) {
+        if let Ok(file) = self.file(object) {
+            file.forget(offset, len);
+        }
+    }
+
     fn tidy(&self) -> io::Result<()> {
         let Some(real) = self.folder.real_path(Path::new(TMP)) else { return Ok(()) };
         for entry in self.folder.list(Path::new(TMP))? {

@@ -145,6 +145,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The bytes of an object without reading them now, where that is possible.
     fn map(&self, object: &Object) -> io::Result<Mapping>;
 
+    /// Lets go of what is kept in memory of a range, so that the next read of it comes from the device. A hint.
+    fn forget(&self, object: &Object, offset: u64, len: u64) {
+        let _ = (object, offset, len);
+    }
+
     /// Removes what writers that were killed left half-written, where it is too old to belong to a living one.
     fn tidy(&self) -> io::Result<()> {
         Ok(())
