@@ -154,6 +154,8 @@ impl Problem {
                 .hint("use the version of lifeboat that made it, or a later one"),
             OpenError::Damaged { .. } => Problem::because(Kind::Damage, title, error)
                 .hint("put the object back from a copy of the repository; nothing was changed"),
+            OpenError::NoKeySlot => Problem::because(Kind::Damage, title, error)
+                .hint("put an object of `keys/` back from a copy of the repository; without one its data is lost"),
             OpenError::SecretNeeded => Problem::because(Kind::Refused, title, error)
                 .hint("set LIFEBOAT_PASSPHRASE, or give --passphrase-file or --key-file"),
             OpenError::WrongKey => Problem::because(Kind::Refused, title, error)

@@ -112,6 +112,11 @@ impl MasterKey {
         MasterKey(Zeroizing::new(bytes))
     }
 
+    /// Whether both are the same key.
+    pub fn is(&self, other: &MasterKey) -> bool {
+        blake3::Hash::from_bytes(*self.0) == blake3::Hash::from_bytes(*other.0) // in constant time
+    }
+
     /// A slot in which `secret` wraps this key. `random` is fresh randomness: salt, nonce.
     pub fn wrap(
         &self,
@@ -120,6 +125,7 @@ impl MasterKey {
         id: SlotId,
         random: &[u8; 44],
         created_unix_s: u64,
+        label: &str,
     ) -> Option<Slot> {
         let stretch = secret.default_stretch();
         let (salt, nonce) = random.split_at(32);
@@ -132,7 +138,7 @@ impl MasterKey {
             check: [0; 16],
             nonce: nonce.try_into().ok()?,
             sealed: [0; 48],
-            label: String::new(),
+            label: label.to_owned(),
         };
         let stretched = secret.stretch(&slot.stretch, &slot.salt)?;
         slot.check = check_value(&stretched);
@@ -189,6 +195,8 @@ pub(crate) struct Keyring {
 }
 
 struct DerivedKeys {
+    /// Wrapped anew for another key slot.
+    master: MasterKey,
     chunk: [u8; 32],
     node: [u8; 32],
     pack: [u8; 32],
@@ -221,12 +229,18 @@ impl Keyring {
         let derive = |context| blake3::derive_key(context, master.0.as_slice());
         Keyring {
             keys: Some(DerivedKeys {
+                master: MasterKey(master.0.clone()),
                 chunk: derive(CHUNK_CONTEXT),
                 node: derive(NODE_CONTEXT),
                 pack: derive(PACK_CONTEXT),
                 point: derive(POINT_CONTEXT),
             }),
         }
+    }
+
+    /// The master key of an encrypted repository.
+    pub fn master(&self) -> Option<&MasterKey> {
+        self.keys.as_ref().map(|keys| &keys.master)
     }
 
     /// The id of a chunk that is not all zeroes.
@@ -320,7 +334,7 @@ mod tests {
 
     fn wrapped() -> Slot {
         let master = MasterKey::new([7; 32]);
-        master.wrap(&config(), &key_file(1), SlotId([2; 16]), &[3; 44], 1).expect("fits")
+        master.wrap(&config(), &key_file(1), SlotId([2; 16]), &[3; 44], 1, "").expect("fits")
     }
 
     #[test]

@@ -38,7 +38,8 @@ pub use point::{Consistency, PointStats, PointedDisk, RecoveryPoint};
 pub use progress::Progress;
 pub use read::PointDisk;
 pub use repository::{
-    Affected, Damage, InitError, OpenError, Repository, RepositoryStats, VerifyError, VerifyOptions, VerifyReport,
+    Affected, Damage, InitError, KeyError, KeySlot, OpenError, Repository, RepositoryStats, Rotated, SlotKind,
+    SlotState, VerifyError, VerifyOptions, VerifyReport,
 };
 pub use restore::{RestoreError, RestoreStats, Target, ZeroPolicy, restore};
 pub use storage::{LocalStorage, Storage};

@@ -1,6 +1,7 @@
 //! [`Repository`]: makes, opens and lists; everything else starts here. Specification: docs/format/repository.md
 
 mod open;
+mod slots;
 mod verify;
 
 #[cfg(test)]
@@ -8,22 +9,25 @@ mod crash_tests;
 #[cfg(test)]
 mod damage_tests;
 #[cfg(test)]
+mod slots_tests;
+#[cfg(test)]
 pub(crate) mod test_support;
 #[cfg(test)]
 mod tests;
 
 pub use open::{InitError, OpenError};
 pub(crate) use open::{read_config, read_slot};
+pub use slots::{KeyError, KeySlot, Rotated, SlotKind, SlotState};
 pub use verify::{Affected, Damage, VerifyError, VerifyOptions, VerifyReport};
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::backup::{Backup, BackupError};
 use crate::error::ReadError;
 use crate::format::Encryption;
 use crate::format::point::{HEADER_LEN, MAX_PAYLOAD_LEN};
-use crate::id::{RecoveryPointId, RepositoryId};
+use crate::id::{RecoveryPointId, RepositoryId, SlotId};
 use crate::keys::{MIN_KEY_FILE_LEN, random};
 use crate::pack::fetch::Fetcher;
 use crate::point::RecoveryPoint;
@@ -35,6 +39,8 @@ use crate::storage::{Object, ObjectKind, Storage};
 #[derive(Debug, Clone)]
 pub struct Repository {
     shared: Arc<ReadShared>,
+    /// The key slot whose secret opened it, or took that one's place since.
+    opened_by: Arc<Mutex<Option<SlotId>>>,
 }
 
 /// What a repository holds and takes.
@@ -55,8 +61,9 @@ pub struct RepositoryStats {
 }
 
 impl Repository {
-    fn of(fetcher: Fetcher, cache_bytes: u64) -> Repository {
-        Repository { shared: Arc::new(ReadShared::new(Arc::new(fetcher), cache_bytes)) }
+    fn of(fetcher: Fetcher, cache_bytes: u64, opened_by: Option<SlotId>) -> Repository {
+        let shared = Arc::new(ReadShared::new(Arc::new(fetcher), cache_bytes));
+        Repository { shared, opened_by: Arc::new(Mutex::new(opened_by)) }
     }
 
     fn fetcher(&self) -> &Fetcher {

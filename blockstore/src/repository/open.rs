@@ -2,11 +2,11 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use tracing::warn;
 
 use super::Repository;
+use super::slots::new_slot;
 use crate::error::ReadError;
 use crate::format::config::{Config, is_chunk_size};
 use crate::format::slot::{SLOT_LEN, Slot};
@@ -68,6 +68,9 @@ pub enum OpenError {
         /// What is wrong with it.
         source: FormatError,
     },
+    /// It is encrypted, and nothing holds its keys.
+    #[error("it is encrypted and no key slot is left in `keys/`: nothing opens it")]
+    NoKeySlot,
     /// It is encrypted and no secret was given.
     #[error("the repository is encrypted: a passphrase or key file is needed")]
     SecretNeeded,
@@ -137,7 +140,7 @@ impl Repository {
         let slot = match &protection {
             Protection::None => None,
             Protection::Secret(secret) => {
-                let slot = new_slot(&config, secret)?;
+                let slot = first_slot(&config, secret)?;
                 Some((Object::KeySlot(slot.id), slot.encode()))
             }
         };
@@ -166,19 +169,22 @@ impl Repository {
             })
             .collect();
         slots.sort_unstable();
-        let keyring = match (config.encryption, secret) {
-            (Encryption::None, _) if slots.is_empty() => Keyring::plain(),
+        let (keyring, opened_by) = match (config.encryption, secret) {
+            (Encryption::None, _) if slots.is_empty() => (Keyring::plain(), None),
             (Encryption::None, _) => {
                 let source = FormatError::Field { field: "encryption" };
                 return Err(OpenError::Damaged { object: Object::Config, source });
             }
             (Encryption::Aes256Gcm, None) => return Err(OpenError::SecretNeeded),
-            (Encryption::Aes256Gcm, Some(secret)) => Keyring::derive(&unlock(&*storage, &config, &slots, secret)?),
+            (Encryption::Aes256Gcm, Some(secret)) => {
+                let (slot, master) = unlock(&*storage, &config, &slots, secret)?;
+                (Keyring::derive(&master), Some(slot))
+            }
         };
         let index = Index::open(storage.clone(), config.repository).map_err(OpenError::Index)?;
         let damaged = DamagedPacks::default();
         let fetcher = Fetcher { storage, keyring: Arc::new(keyring), index: Arc::new(index), config, damaged };
-        Ok(Repository::of(fetcher, cache_bytes))
+        Ok(Repository::of(fetcher, cache_bytes, opened_by))
     }
 }
 
@@ -209,14 +215,19 @@ pub(crate) fn read_slot(storage: &dyn Storage, config: &Config, id: SlotId) -> R
 }
 
 /// Tries the secret on every slot. A damaged slot is an error only if no other one was there to try.
-fn unlock(storage: &dyn Storage, config: &Config, slots: &[SlotId], secret: &Secret) -> Result<MasterKey, OpenError> {
+fn unlock(
+    storage: &dyn Storage,
+    config: &Config,
+    slots: &[SlotId],
+    secret: &Secret,
+) -> Result<(SlotId, MasterKey), OpenError> {
     let mut failure = None;
     let mut tried = false;
     for id in slots {
         let object = Object::KeySlot(*id);
         match read_slot(storage, config, *id) {
             Ok(slot) => match MasterKey::unwrap(config, &slot, secret) {
-                Unwrapped::Open(master) => return Ok(master),
+                Unwrapped::Open(master) => return Ok((*id, master)),
                 Unwrapped::Wrong => tried = true,
                 Unwrapped::Changed => {
                     warn!(%object, "the secret is right, but the slot or the configuration was changed");
@@ -232,21 +243,17 @@ fn unlock(storage: &dyn Storage, config: &Config, slots: &[SlotId], secret: &Sec
     match failure {
         _ if tried => Err(OpenError::WrongKey),
         Some(failure) => Err(failure),
-        None => {
-            // Encrypted, but without a slot: nothing can open it.
-            Err(OpenError::Damaged { object: Object::Config, source: FormatError::NoKeySlot })
-        }
+        None => Err(OpenError::NoKeySlot),
     }
 }
 
-fn new_slot(config: &Config, secret: &Secret) -> Result<Slot, InitError> {
+/// The slot of a new repository's first secret, around a new master key.
+fn first_slot(config: &Config, secret: &Secret) -> Result<Slot, InitError> {
     if !secret.is_usable() {
         return Err(InitError::WeakSecret);
     }
     let random_error = |source| InitError::Io { object: "random keys".to_owned(), source };
     let master = MasterKey::new(random().map_err(random_error)?);
-    let id = SlotId(random().map_err(random_error)?);
-    let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    let slot = master.wrap(config, secret, id, &random().map_err(random_error)?, created);
+    let slot = new_slot(config, &master, secret, "").map_err(random_error)?;
     slot.ok_or(InitError::WeakSecret) // only an over-long passphrase (4 GiB) fails
 }

@@ -108,7 +108,7 @@ impl LocalStorage {
         }
     }
 
-    /// Waits for its turn: whoever holds the lock writes two small objects at most.
+    /// Waits for its turn: whoever holds the lock writes few small objects.
     fn lock(&self) -> io::Result<Arc<dyn Disk>> {
         self.folder.create_dir(Path::new(""))?;
         match self.folder.create(Path::new(LOCK)) {
@@ -171,6 +171,10 @@ impl Storage for LocalStorage {
             self.create_locked(object, bytes)?;
         }
         self.create_locked(&Object::Config, config)
+    }
+
+    fn hold(&self) -> io::Result<Box<dyn Send>> {
+        Ok(Box::new(self.lock()?))
     }
 
     fn get(&self, object: &Object, max: u64) -> io::Result<Bytes> {

@@ -127,6 +127,14 @@ pub trait Storage: Send + Sync + fmt::Debug {
         self.create(&Object::Config, config)
     }
 
+    /// Holds off everybody else who decides by what stands in the repository what to delete (key slots, points), until
+    /// the guard is dropped, also by the end of the process. [`io::ErrorKind::ResourceBusy`] if it takes too long.
+    /// Not to be held across [`Storage::create`] or [`Storage::init`], which take it themselves. Where storage cannot
+    /// hold others off this does nothing.
+    fn hold(&self) -> io::Result<Box<dyn Send>> {
+        Ok(Box::new(()))
+    }
+
     /// A whole object. One longer than `max` is an [`io::ErrorKind::FileTooLarge`] error and is not read.
     fn get(&self, object: &Object, max: u64) -> io::Result<Bytes>;
 
