@@ -33,6 +33,7 @@ grub-pc-bin         /usr/lib/grub/i386-pc/boot.img
 grub-efi-amd64-bin  /usr/lib/grub/x86_64-efi/moddep.lst
 e2fsprogs           mke2fs
 e2fsprogs           debugfs
+attr                setfattr
 fdisk               sfdisk
 dosfstools          mkfs.vfat
 mtools              mcopy

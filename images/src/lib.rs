@@ -5,17 +5,23 @@
 //! and offsets are bounded, and damage is an error of the read that meets it.
 #![forbid(unsafe_code)]
 
+mod bytes;
+mod cache;
 mod detect;
 mod error;
+pub mod fs;
 mod guard;
+mod mapped;
 mod qcow2;
 mod raw;
 mod target;
+pub mod volume;
 
 use std::io;
 use std::ops::Range;
 use std::path::Path;
 
+pub use cache::Cached;
 pub use error::{OpenError, TargetError};
 pub use target::{ImageTarget, Overwrite, TargetFormat, create_raw, create_target};
 
@@ -32,11 +38,18 @@ pub trait DiskImage: Send + Sync {
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
 
     /// Asks the file for the disk's size again.
-    fn current_size(&self) -> io::Result<u64>;
+    fn current_size(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
 
     /// The format, for a person.
-    fn describe(&self) -> String;
+    fn describe(&self) -> String {
+        "raw".to_owned()
+    }
 }
+
+/// A disk, or a part of one, that several readers share.
+pub type SharedDisk = std::sync::Arc<dyn DiskImage>;
 
 /// A format that is read here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,6 @@
+//! File systems made by their own tools, read here, and compared with what they were made from.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod ext;
+mod fat;
+mod support;
