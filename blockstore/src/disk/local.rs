@@ -8,11 +8,12 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{
-    Advice, FallocateFlags, FlockOperation, OFlags, SeekFrom as RawSeek, fadvise, fallocate, flock, seek,
+    Advice, FallocateFlags, FlockOperation, OFlags, SeekFrom as RawSeek, fadvise, fallocate, fcntl_getfl, fcntl_setfl,
+    flock, seek,
 };
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
-use super::{Disk, Entry, Folder};
+use super::{DIRECT_ALIGN, Disk, Entry, Folder};
 
 /// Zeroes are written in pieces of this size where a hole cannot be punched.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
@@ -107,6 +108,12 @@ impl Folder for LocalFolder {
     fn real_path(&self, path: &Path) -> Option<PathBuf> {
         self.resolve(path).ok()
     }
+}
+
+/// Lets writes pass the page cache, or not. Only for a file that this thread alone writes to.
+fn set_direct(file: &File, direct: OFlags) -> io::Result<()> {
+    let flags = fcntl_getfl(file)?.difference(OFlags::DIRECT);
+    Ok(fcntl_setfl(file, flags.union(direct))?)
 }
 
 /// Creates `dir` and what is missing above it, and syncs the parent of each directory it made.
@@ -232,6 +239,22 @@ impl Disk for LocalDisk {
         self.file.write_all_at(data, offset)
     }
 
+    fn write_past_cache(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let aligned = offset.is_multiple_of(DIRECT_ALIGN as u64) && data.as_ptr().addr().is_multiple_of(DIRECT_ALIGN);
+        let (whole, rest) = data.split_at(data.len() - data.len() % DIRECT_ALIGN);
+        if !aligned || whole.is_empty() || set_direct(&self.file, OFlags::DIRECT).is_err() {
+            return self.write_at(offset, data); // a file system without it says so
+        }
+        let written = self.file.write_all_at(whole, offset);
+        set_direct(&self.file, OFlags::empty())?;
+        match written {
+            // The device wants another alignment after all.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => self.write_at(offset, data),
+            Err(error) => Err(error),
+            Ok(()) => self.write_at(offset + whole.len() as u64, rest),
+        }
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
@@ -312,6 +335,28 @@ mod tests {
         let mut tail = vec![1; 100_001];
         disk.read_at((1 << 20) - 100_001, &mut tail).unwrap();
         assert!(tail[0] == 1 && tail[1..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn what_is_written_past_the_cache_reads_the_same_wherever_it_begins_and_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = LocalFolder::new(dir.path());
+        let bytes: Vec<u8> = (0..300_000u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
+        let border = bytes.as_ptr().addr().wrapping_neg() % DIRECT_ALIGN;
+        for (number, (start, len)) in
+            [(border, 200_000), (border, 8192), (border, 100), (border + 1, 9000), (border, 0)].into_iter().enumerate()
+        {
+            let disk = folder.create(Path::new(&number.to_string())).unwrap();
+            let data = &bytes[start..start + len];
+            disk.write_past_cache(0, data).unwrap();
+            disk.write_past_cache(len as u64, data).unwrap(); // mostly no border of a page
+            disk.sync().unwrap();
+            assert_eq!(disk.len().unwrap(), 2 * len as u64);
+            disk.forget(0, 2 * len as u64);
+            let mut found = vec![0; 2 * len];
+            disk.read_at(0, &mut found).unwrap();
+            assert!(found[..len] == *data && found[len..] == *data, "{len} bytes from {start}");
+        }
     }
 
     #[test]

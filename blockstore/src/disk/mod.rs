@@ -14,6 +14,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Where data for [`Disk::write_past_cache`] has to begin, in the file and in memory. No device wants more.
+pub const DIRECT_ALIGN: usize = 4096;
+
 /// One file, or one block device, addressed by byte offset. All methods may be called from several threads.
 pub trait Disk: Send + Sync + Debug {
     /// Fills `buf` from `offset`. Bytes past the end are an [`io::ErrorKind::UnexpectedEof`] error.
@@ -32,6 +35,12 @@ pub trait Disk: Send + Sync + Debug {
 
     /// Writes all of `data` at `offset`, extending the file if needed. Durable only after [`Disk::sync`].
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Like [`Disk::write_at`], for data that nobody reads soon: where `offset` and `data` stand at multiples of
+    /// [`DIRECT_ALIGN`], it may go to the device without passing the page cache.
+    fn write_past_cache(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write_at(offset, data)
+    }
 
     /// Makes every completed write, punch and length change durable. An error means that nothing is known about
     /// what reached the disk; the caller poisons itself and never calls `sync` again.

@@ -8,12 +8,13 @@ use crate::format::pack::{
 use crate::format::{Encryption, TAG_LEN};
 use crate::id::{ChunkId, RepositoryId};
 use crate::keys::{Cipher, Keyring, frame_nonce};
+use crate::pack::buffer::PackBuffer;
 
 /// A pack in the making.
 pub(crate) struct PackBuilder {
     header: Header,
     cipher: Option<Cipher>,
-    bytes: Vec<u8>,
+    bytes: PackBuffer,
     frames: Vec<Frame>,
 }
 
@@ -30,7 +31,7 @@ pub(crate) struct Payload<'a> {
 /// The bytes of a complete pack, and what its table says.
 pub(crate) struct FinishedPack {
     pub header: Header,
-    pub bytes: Vec<u8>,
+    pub bytes: PackBuffer,
     pub frames: Vec<Frame>,
 }
 
@@ -41,13 +42,13 @@ impl PackBuilder {
         repository: RepositoryId,
         keyring: &Keyring,
         salt: [u8; 32],
-        mut buffer: Vec<u8>,
+        mut buffer: PackBuffer,
     ) -> PackBuilder {
         let cipher = keyring.pack_cipher(&salt);
         let encryption = if cipher.is_some() { Encryption::Aes256Gcm } else { Encryption::None };
         let header = Header { kind, encryption, repository, salt };
         buffer.clear();
-        buffer.extend_from_slice(&header.encode());
+        buffer.extend(&header.encode());
         PackBuilder { header, cipher, bytes: buffer, frames: Vec::new() }
     }
 
@@ -69,12 +70,12 @@ impl PackBuilder {
         let offset = u32::try_from(self.bytes.len()).map_err(|_| too_large())?;
         let flags = if compressed { FLAG_ZSTD } else { 0 };
         let mut stored_len = u32::try_from(bytes.len()).map_err(|_| too_large())?;
-        self.bytes.extend_from_slice(bytes);
+        self.bytes.extend(bytes);
         if let Some(cipher) = &self.cipher {
             let message = self.bytes.get_mut(offset as usize..).unwrap_or_default();
             let data = associated_data(&id, plain_len, flags, level);
             let tag = cipher.seal(&frame_nonce(number), &data, message).ok_or_else(too_large)?;
-            self.bytes.extend_from_slice(&tag);
+            self.bytes.extend(&tag);
             stored_len += TAG_LEN;
         }
         self.frames.push(Frame { id, offset, stored_len, plain_len, flags, level });
@@ -85,7 +86,7 @@ impl PackBuilder {
     pub fn finish(mut self) -> io::Result<FinishedPack> {
         let table_offset = u32::try_from(self.bytes.len()).map_err(|_| io::ErrorKind::FileTooLarge)?;
         debug_assert!(table_offset >= HEADER_LEN);
-        encode_end(&self.frames, table_offset, &mut self.bytes);
+        encode_end(&self.frames, table_offset, self.bytes.end());
         Ok(FinishedPack { header: self.header, bytes: self.bytes, frames: self.frames })
     }
 }

@@ -77,7 +77,8 @@ impl LocalStorage {
 
     fn write_file(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let file = self.folder.create(path)?;
-        file.write_at(0, bytes)?;
+        // A pack is not read soon, and copying it would cost as much as packing it; the rest is small.
+        file.write_past_cache(0, bytes)?;
         self.note_sync(file.sync())
     }
 
