@@ -22,8 +22,15 @@ pub const MAX_SOCKET_PATH: usize = 107;
 pub enum Listen {
     /// A Unix socket, made for its owner only (mode 0600).
     Unix(PathBuf),
-    /// A loopback address. Port 0 takes a free one.
+    /// An address; without TLS a loopback one. Port 0 takes a free one.
     Tcp(SocketAddr),
+}
+
+/// From where TCP connections without TLS may come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PlainTcp {
+    Loopback,
+    Everyone,
 }
 
 /// Why a server cannot listen.
@@ -115,14 +122,14 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((found.dev(), found.ino()))
 }
 
-pub(crate) async fn open(listen: &Listen) -> Result<(Socket, Listen), ListenError> {
+pub(crate) async fn open(listen: &Listen, plain_tcp: PlainTcp) -> Result<(Socket, Listen), ListenError> {
     match listen {
         Listen::Unix(path) => {
             let socket = unix(listen, path)?;
             Ok((socket, listen.clone()))
         }
         Listen::Tcp(address) => {
-            if !address.ip().is_loopback() {
+            if plain_tcp == PlainTcp::Loopback && !address.ip().is_loopback() {
                 return Err(ListenError::NotLoopback(*address));
             }
             let failed = |source: io::Error| match source.kind() {
@@ -206,7 +213,7 @@ mod tests {
     #[tokio::test]
     async fn only_loopback_is_served_in_the_clear() {
         let listen = Listen::Tcp("0.0.0.0:0".parse().expect("an address"));
-        assert!(matches!(open(&listen).await, Err(ListenError::NotLoopback(_))));
+        assert!(matches!(open(&listen, PlainTcp::Loopback).await, Err(ListenError::NotLoopback(_))));
     }
 
     #[tokio::test]
@@ -216,8 +223,8 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).expect("a socket that nobody serves"));
         assert!(path.exists());
         let listen = Listen::Unix(path.clone());
-        let (live, _) = open(&listen).await.expect("replaces it");
-        assert!(matches!(open(&listen).await, Err(ListenError::AddressInUse(_))));
+        let (live, _) = open(&listen, PlainTcp::Loopback).await.expect("replaces it");
+        assert!(matches!(open(&listen, PlainTcp::Loopback).await, Err(ListenError::AddressInUse(_))));
         let mode = std::fs::metadata(&path).expect("there").mode();
         assert_eq!(mode & 0o777, 0o600);
         drop(live);
@@ -229,17 +236,20 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("precious");
         std::fs::write(&path, "data").expect("written");
-        assert!(matches!(open(&Listen::Unix(path.clone())).await, Err(ListenError::NotASocket { .. })));
+        assert!(matches!(
+            open(&Listen::Unix(path.clone()), PlainTcp::Loopback).await,
+            Err(ListenError::NotASocket { .. })
+        ));
         assert!(path.exists());
         let long = folder.path().join("x".repeat(120));
-        assert!(matches!(open(&Listen::Unix(long)).await, Err(ListenError::PathTooLong { .. })));
+        assert!(matches!(open(&Listen::Unix(long), PlainTcp::Loopback).await, Err(ListenError::PathTooLong { .. })));
     }
 
     #[tokio::test]
     async fn a_socket_put_in_our_place_survives_our_end() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
-        let (ours, _) = open(&Listen::Unix(path.clone())).await.expect("free");
+        let (ours, _) = open(&Listen::Unix(path.clone()), PlainTcp::Loopback).await.expect("free");
         std::fs::remove_file(&path).expect("removed by somebody");
         let _other = std::os::unix::net::UnixListener::bind(&path).expect("free again");
         drop(ours);

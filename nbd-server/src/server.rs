@@ -10,12 +10,13 @@ use tracing::Instrument;
 use crate::control::{Control, Membership, Registry};
 use crate::handshake::negotiate;
 use crate::limits::Limits;
-use crate::listen::{self, Listen, ListenError, Socket};
+use crate::listen::{self, Listen, ListenError, PlainTcp, Socket};
 use crate::name::ExportName;
 use crate::stream::Stream;
 use crate::table::ExportTable;
+use crate::tls::TlsServer;
 use crate::transmission::{self, Connection, Shared};
-use crate::uri::NbdUri;
+use crate::uri::{NbdUri, UriTls};
 
 /// Pause after a failed accept: out of file descriptors, it would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -26,6 +27,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Server {
     table: Arc<ExportTable>,
     shared: Arc<Shared>,
+    tls: Option<TlsServer>,
+    plain_tcp: PlainTcp,
 }
 
 /// A socket on which a server listens. It serves once [`Listener::serve`] runs; dropped before, it is closed and its
@@ -39,12 +42,24 @@ pub struct Listener {
 impl Server {
     /// A server for the exports of a table, which may change at any time.
     pub fn new(table: Arc<ExportTable>, limits: Limits) -> Server {
-        Server { table, shared: Arc::new(Shared::new(limits)) }
+        Server { table, shared: Arc::new(Shared::new(limits)), tls: None, plain_tcp: PlainTcp::Loopback }
+    }
+
+    /// Serves nothing without TLS, on any socket.
+    pub fn with_tls(self, tls: TlsServer) -> Server {
+        Server { tls: Some(tls), ..self }
+    }
+
+    /// Lets other machines connect without TLS. Who can reach the address can read and write every export, and who can
+    /// listen on the network sees all that travels.
+    pub fn with_plain_tcp_for_everyone(self) -> Server {
+        Server { plain_tcp: PlainTcp::Everyone, ..self }
     }
 
     /// Opens a socket. Clients can connect from now on and are served when [`Listener::serve`] runs.
     pub async fn bind(&self, listen: &Listen) -> Result<Listener, ListenError> {
-        let (socket, local) = listen::open(listen).await?;
+        let (socket, local) =
+            listen::open(listen, if self.tls.is_some() { PlainTcp::Everyone } else { self.plain_tcp }).await?;
         Ok(Listener { server: self.clone(), socket, local })
     }
 }
@@ -60,6 +75,10 @@ impl Listener {
         let uri = match &self.local {
             Listen::Unix(path) => NbdUri::unix(&std::path::absolute(path).unwrap_or_else(|_| path.clone()), export),
             Listen::Tcp(address) => NbdUri::tcp(address.ip().to_string(), address.port(), export),
+        };
+        let uri = match &self.server.tls {
+            Some(_) => uri.with_tls(UriTls::default()),
+            None => uri,
         };
         uri.to_string()
     }
@@ -110,19 +129,19 @@ impl Server {
         tokio::spawn(async move { server.connection(stream, control, membership).await }.instrument(span));
     }
 
-    async fn connection(self, stream: Stream, control: Arc<Control>, membership: Membership) {
+    async fn connection(self, mut stream: Stream, control: Arc<Control>, membership: Membership) {
         let negotiated = tokio::select! {
             () = control.stopped() => return,
             negotiated = tokio::time::timeout(
                 self.shared.limits.handshake,
-                negotiate(&stream, &self.table, &control),
+                negotiate(&mut stream, self.tls.as_ref(), &self.table, &control),
             ) => negotiated,
         };
         let outcome = match negotiated {
             Ok(Ok(Some(outcome))) => outcome,
             Ok(Ok(None)) => return,
             Ok(Err(error)) => {
-                tracing::debug!(%error, "handshake failed");
+                tracing::debug!(error = %chain(&error), "handshake failed");
                 return;
             }
             Err(_) => {
@@ -156,12 +175,17 @@ impl Server {
 
 async fn accept(socket: &Socket) -> io::Result<Stream> {
     match socket {
-        Socket::Unix { listener, .. } => Ok(Stream::Unix(listener.accept().await?.0)),
+        Socket::Unix { listener, .. } => Ok(Stream::unix(listener.accept().await?.0)),
         Socket::Tcp(listener) => {
             let (stream, _) = listener.accept().await?;
-            stream.set_nodelay(true)?; // replies are small and waited for
             rustix::net::sockopt::set_socket_keepalive(&stream, true)?; // a vanished client must not stay for ever
-            Ok(Stream::Tcp(stream))
+            Stream::tcp(stream)
         }
     }
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -8,6 +8,8 @@ use crate::export::{BlockSize, Export};
 use crate::limits::{MAX_CONTEXTS, MAX_PAYLOAD};
 use crate::name::{ExportName, MAX_NAME};
 use crate::statistics::Statistics;
+use crate::stream::Stream;
+use crate::tls::{ClientName, Session};
 use crate::transmission::HeaderStyle;
 use crate::wire::{BASE_ALLOCATION, transmission_flag};
 
@@ -47,10 +49,21 @@ pub enum AddError {
     },
 }
 
+/// Who may see and open an export.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Access {
+    /// Whoever may connect to the server.
+    #[default]
+    Everyone,
+    /// Only clients with TLS whose certificate is for one of these names. To others the export does not exist.
+    Clients(Vec<ClientName>),
+}
+
 /// An export as connections see it: what never changes is asked once.
 pub(crate) struct Published {
     pub(crate) name: ExportName,
     pub(crate) export: Arc<dyn Export>,
+    access: Access,
     pub(crate) size: u64,
     pub(crate) read_only: bool,
     pub(crate) block_size: BlockSize,
@@ -73,7 +86,12 @@ impl ExportTable {
 
     /// Adds an export; clients can open it from now on.
     pub fn add(&self, name: ExportName, export: Arc<dyn Export>) -> Result<(), AddError> {
-        let published = Arc::new(Published::new(name.clone(), export)?);
+        self.add_for(name, export, Access::Everyone)
+    }
+
+    /// Adds an export that not everybody may see.
+    pub fn add_for(&self, name: ExportName, export: Arc<dyn Export>, access: Access) -> Result<(), AddError> {
+        let published = Arc::new(Published::new(name.clone(), export, access)?);
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         if inner.exports.contains_key(&name) {
             return Err(AddError::Exists(name));
@@ -145,7 +163,7 @@ impl ExportTable {
 }
 
 impl Published {
-    fn new(name: ExportName, export: Arc<dyn Export>) -> Result<Published, AddError> {
+    fn new(name: ExportName, export: Arc<dyn Export>, access: Access) -> Result<Published, AddError> {
         let sizes = export.block_size();
         let block_size = checked_sizes(sizes).ok_or_else(|| AddError::BlockSize { name: name.clone(), sizes })?;
         let contexts = export.contexts();
@@ -162,6 +180,7 @@ impl Published {
         }
         Ok(Published {
             name,
+            access,
             size: export.size(),
             read_only: export.read_only(),
             block_size,
@@ -193,6 +212,17 @@ impl Published {
             flags |= flag::BLOCK_STATUS_PAYLOAD;
         }
         flags
+    }
+
+    /// Whether a client that is at the other end of `stream` may know of this export.
+    pub(crate) fn admits(&self, stream: &Stream) -> bool {
+        match &self.access {
+            Access::Everyone => true,
+            Access::Clients(names) => {
+                let certificate = stream.tls().and_then(Session::peer_certificate);
+                certificate.is_some_and(|certificate| names.iter().any(|name| name.is_of(&certificate)))
+            }
+        }
     }
 
     /// All contexts a client may select, `base:allocation` first.

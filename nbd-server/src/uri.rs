@@ -1,4 +1,5 @@
-//! [`NbdUri`]: `nbd://HOST[:PORT]/NAME` and `nbd+unix:///NAME?socket=PATH`, read and written.
+//! [`NbdUri`]: `nbd://HOST[:PORT]/NAME` and `nbd+unix:///NAME?socket=PATH`, and the same with `nbds` for TLS, read and
+//! written.
 
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,17 @@ pub struct NbdUri {
     pub endpoint: Endpoint,
     /// The export on it.
     pub export: ExportName,
+    /// Set if TLS is asked for.
+    pub tls: Option<UriTls>,
+}
+
+/// What a URI says about TLS, as libnbd has it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct UriTls {
+    /// `tls-certificates`: the folder with the certificates.
+    pub certificates: Option<PathBuf>,
+    /// `tls-hostname`: the name that the server's certificate must be for, instead of the one in the URI.
+    pub hostname: Option<String>,
 }
 
 /// How to reach a server.
@@ -34,11 +46,8 @@ pub enum Endpoint {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UriError {
     /// Another scheme.
-    #[error("'{0}' is not an NBD URI: it starts with neither nbd:// nor nbd+unix://")]
+    #[error("'{0}' is not an NBD URI: it starts with none of nbd://, nbds://, nbd+unix:// and nbds+unix://")]
     Scheme(String),
-    /// TLS, which this client does not speak.
-    #[error("'{0}' asks for TLS, which is not supported")]
-    Tls(String),
     /// A TCP URI without a host.
     #[error("'{0}' names no host")]
     NoHost(String),
@@ -66,12 +75,12 @@ impl FromStr for NbdUri {
         let (authority, name) = before_query.split_once('/').unwrap_or((before_query, ""));
         let export = ExportName::new(decode(name).ok_or_else(|| UriError::Escape(text.to_owned()))?)?;
         let endpoint = match scheme {
-            "nbd" => tcp(text, authority)?,
-            "nbd+unix" => unix(text, query)?,
-            "nbds" | "nbds+unix" => return Err(UriError::Tls(text.to_owned())),
+            "nbd" | "nbds" => tcp(text, authority)?,
+            "nbd+unix" | "nbds+unix" => unix(text, query)?,
             _ => return Err(UriError::Scheme(text.to_owned())),
         };
-        Ok(NbdUri { endpoint, export })
+        let tls = if scheme.starts_with("nbds") { Some(tls(text, query)?) } else { None };
+        Ok(NbdUri { endpoint, export, tls })
     }
 }
 
@@ -95,42 +104,73 @@ fn tcp(text: &str, authority: &str) -> Result<Endpoint, UriError> {
 }
 
 fn unix(text: &str, query: &str) -> Result<Endpoint, UriError> {
-    let socket = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
-    let socket = socket.filter(|path| !path.is_empty()).ok_or_else(|| UriError::NoSocket(text.to_owned()))?;
-    Ok(Endpoint::Unix(PathBuf::from(decode(socket).ok_or_else(|| UriError::Escape(text.to_owned()))?)))
+    let socket = parameter(text, query, "socket=")?.ok_or_else(|| UriError::NoSocket(text.to_owned()))?;
+    Ok(Endpoint::Unix(PathBuf::from(socket)))
+}
+
+fn tls(text: &str, query: &str) -> Result<UriTls, UriError> {
+    Ok(UriTls {
+        certificates: parameter(text, query, "tls-certificates=")?.map(PathBuf::from),
+        hostname: parameter(text, query, "tls-hostname=")?,
+    })
+}
+
+/// A parameter of the query that is there and not empty; `key` ends with an equals sign.
+fn parameter(text: &str, query: &str, key: &str) -> Result<Option<String>, UriError> {
+    let value = query.split('&').find_map(|pair| pair.strip_prefix(key)).filter(|value| !value.is_empty());
+    value.map(|value| decode(value).ok_or_else(|| UriError::Escape(text.to_owned()))).transpose()
 }
 
 impl NbdUri {
     /// For a Unix socket.
     pub fn unix(socket: &Path, export: &ExportName) -> NbdUri {
-        NbdUri { endpoint: Endpoint::Unix(socket.to_owned()), export: export.clone() }
+        NbdUri { endpoint: Endpoint::Unix(socket.to_owned()), export: export.clone(), tls: None }
     }
 
     /// For TCP.
     pub fn tcp(host: impl Into<String>, port: u16, export: &ExportName) -> NbdUri {
-        NbdUri { endpoint: Endpoint::Tcp { host: host.into(), port }, export: export.clone() }
+        NbdUri { endpoint: Endpoint::Tcp { host: host.into(), port }, export: export.clone(), tls: None }
+    }
+
+    /// The same with TLS.
+    pub fn with_tls(self, tls: UriTls) -> NbdUri {
+        NbdUri { tls: Some(tls), ..self }
     }
 }
 
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = '?';
         match &self.endpoint {
             Endpoint::Tcp { host, port } => {
-                f.write_str("nbd://")?;
+                f.write_str(if self.tls.is_some() { "nbds://" } else { "nbd://" })?;
                 if host.contains(':') {
                     write!(f, "[{host}]:{port}/")?;
                 } else {
                     write!(f, "{host}:{port}/")?;
                 }
-                encode(f, self.export.as_str().as_bytes())
+                encode(f, self.export.as_str().as_bytes())?;
             }
             Endpoint::Unix(path) => {
-                f.write_str("nbd+unix:///")?;
+                f.write_str(if self.tls.is_some() { "nbds+unix:///" } else { "nbd+unix:///" })?;
                 encode(f, self.export.as_str().as_bytes())?;
                 f.write_str("?socket=")?;
-                encode(f, path.as_os_str().as_encoded_bytes())
+                encode(f, path.as_os_str().as_encoded_bytes())?;
+                separator = '&';
             }
         }
+        let tls = self.tls.as_ref();
+        let certificates =
+            tls.and_then(|tls| tls.certificates.as_ref()).map(|path| path.as_os_str().as_encoded_bytes());
+        let hostname = tls.and_then(|tls| tls.hostname.as_ref()).map(|name| name.as_bytes());
+        for (key, value) in [("tls-certificates", certificates), ("tls-hostname", hostname)] {
+            if let Some(value) = value {
+                write!(f, "{separator}{key}=")?;
+                encode(f, value)?;
+                separator = '&';
+            }
+        }
+        Ok(())
     }
 }
 
@@ -173,6 +213,9 @@ mod tests {
             "nbd://[::1]:1234/a%20b%3F",
             "nbd+unix:///disk0?socket=/run/life%20boat/x.sock",
             "nbd+unix:///?socket=/tmp/s",
+            "nbds://h:1/x",
+            "nbds://h:1/x?tls-certificates=/etc/pki/a%20b&tls-hostname=other",
+            "nbds+unix:///x?socket=/tmp/s&tls-certificates=/p",
         ] {
             let uri: NbdUri = text.parse().expect(text);
             assert_eq!(uri.to_string(), text);
@@ -193,7 +236,8 @@ mod tests {
         let error = |text: &str| text.parse::<NbdUri>().expect_err(text);
         assert!(matches!(error("http://x/"), UriError::Scheme(_)));
         assert!(matches!(error("disk.raw"), UriError::Scheme(_)));
-        assert!(matches!(error("nbds://x/"), UriError::Tls(_)));
+        assert!(matches!(error("nbdss://x/"), UriError::Scheme(_)));
+        assert!(matches!(error("nbds://h/x?tls-hostname=%zz"), UriError::Escape(_)));
         assert!(matches!(error("nbd:///x"), UriError::NoHost(_)));
         assert!(matches!(error("nbd://h:99999/x"), UriError::Port(_)));
         assert!(matches!(error("nbd+unix:///x"), UriError::NoSocket(_)));

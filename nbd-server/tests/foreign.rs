@@ -3,11 +3,9 @@
 
 mod common;
 
-use std::path::Path;
-use std::process::{Command, Output};
 use std::sync::Arc;
 
-use common::Running;
+use common::{Running, path, succeed};
 use nbd_server::{Export, MemoryExport, Operation};
 
 const MIB: usize = 1 << 20;
@@ -24,30 +22,6 @@ fn content() -> Vec<u8> {
     content
 }
 
-/// Runs a tool; `None` when it is not there.
-#[expect(clippy::print_stdout, reason = "a skip is said")]
-fn run(program: &str, arguments: &[&str]) -> Option<Output> {
-    // nbdsh takes the first python3 it finds, and the distribution's is the one that has libnbd.
-    let path = format!("/usr/bin:{}", std::env::var("PATH").unwrap_or_default());
-    match Command::new(program).args(arguments).env("PATH", path).output() {
-        Ok(output) => Some(output),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            assert!(std::env::var_os("CI").is_none(), "{program} is missing");
-            println!("skipped: {program} is not installed");
-            None
-        }
-        Err(error) => panic!("{program}: {error}"),
-    }
-}
-
-/// Runs a tool that must succeed; returns what it printed.
-fn succeed(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = run(program, arguments)?;
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{program} {arguments:?}\n{out}\n{err}");
-    Some(out.into_owned())
-}
-
 /// Both ways in which reads are answered.
 fn servers(content: &[u8]) -> [(Arc<MemoryExport>, Running, String); 2] {
     [MemoryExport::from_bytes(content), MemoryExport::from_bytes(content).not_resident()].map(|disk| {
@@ -56,10 +30,6 @@ fn servers(content: &[u8]) -> [(Arc<MemoryExport>, Running, String); 2] {
         let uri = server.uri().to_string();
         (disk, server, uri)
     })
-}
-
-fn path(path: &Path) -> &str {
-    path.to_str().expect("a plain path")
 }
 
 #[test]

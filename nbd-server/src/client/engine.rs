@@ -198,7 +198,7 @@ async fn send_one(stream: &Stream, header: &[u8], payload: &[u8]) -> io::Result<
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    stream.flush().await
 }
 
 /// Why receiving ended.

@@ -11,6 +11,7 @@ use crate::export::BlockSize;
 use crate::limits::{MAX_CONTEXTS, MAX_PAYLOAD};
 use crate::name::ExportName;
 use crate::stream::Stream;
+use crate::uri::NbdUri;
 use crate::wire::{
     EXPORT_NAME_PADDING, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, RawExportNameAnswer, RawGreeting, RawOption,
     RawOptionReply, client_flag, handshake_flag, info, option, option_reply,
@@ -48,11 +49,21 @@ struct Answers {
 }
 
 pub(super) async fn negotiate(
-    stream: &Stream,
-    export: &ExportName,
+    stream: &mut Stream,
+    uri: &NbdUri,
+    tls: Option<rustls::ClientConnection>,
     contexts: &[String],
 ) -> Result<Agreed, ClientError> {
+    let export = &uri.export;
     let no_zeroes = greet(stream).await?;
+    if let Some(connection) = tls {
+        if let Some(refusal) = ask(stream, option::STARTTLS, &[]).await?.refusal {
+            return Err(ClientError::Refused { export: export.to_string(), refusal });
+        }
+        let failed = |source: io::Error| ClientError::TlsHandshake { uri: uri.to_string(), source: Arc::new(source) };
+        stream.start_tls(connection).await.map_err(failed)?;
+    }
+    let stream: &Stream = stream;
     let structured = ask(stream, option::STRUCTURED_REPLY, &[]).await?.refusal.is_none();
     let selected = if structured { select(stream, export, contexts).await? } else { Vec::new() };
     let mut data = Vec::new();

@@ -9,6 +9,7 @@ mod blocking;
 mod engine;
 mod handshake;
 mod pending;
+mod tls;
 
 use std::io;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ pub use blocking::BlockingClient;
 use crate::export::{BlockSize, ContextExtent, Extent, ExtentKind, ZeroMode};
 use crate::limits::MAX_PAYLOAD;
 use crate::stream::Stream;
+use crate::tls::TlsError;
 use crate::uri::{Endpoint, NbdUri};
 use crate::wire::{BASE_ALLOCATION, Errno, command, command_flag, state, transmission_flag};
 use engine::Engine;
@@ -57,6 +59,28 @@ pub enum ClientError {
     /// No connection came about.
     #[error("cannot connect to {uri}")]
     Connect {
+        /// Where to.
+        uri: String,
+        /// Why.
+        source: Arc<io::Error>,
+    },
+    /// The certificates for TLS cannot be used.
+    #[error("cannot use TLS for {uri}")]
+    Tls {
+        /// Where to.
+        uri: String,
+        /// Why.
+        source: Arc<TlsError>,
+    },
+    /// The URI asks for TLS and says nowhere what to trust.
+    #[error("{uri} names no folder with certificates (?tls-certificates=DIR)")]
+    NoCertificates {
+        /// Where to.
+        uri: String,
+    },
+    /// The TLS handshake failed: one side does not trust the other, or the server is for another name.
+    #[error("cannot establish TLS with {uri}")]
+    TlsHandshake {
         /// Where to.
         uri: String,
         /// Why.
@@ -151,15 +175,15 @@ impl Client {
     pub async fn connect(uri: &NbdUri, options: &ClientOptions) -> Result<Client, ClientError> {
         let connecting = async {
             let failed = |source: io::Error| ClientError::Connect { uri: uri.to_string(), source: Arc::new(source) };
-            let stream = match &uri.endpoint {
-                Endpoint::Unix(path) => Stream::Unix(tokio::net::UnixStream::connect(path).await.map_err(failed)?),
+            let tls = tls::prepare(uri).await?; // before anything is sent
+            let mut stream = match &uri.endpoint {
+                Endpoint::Unix(path) => Stream::unix(tokio::net::UnixStream::connect(path).await.map_err(failed)?),
                 Endpoint::Tcp { host, port } => {
                     let stream = tokio::net::TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
-                    stream.set_nodelay(true).map_err(failed)?;
-                    Stream::Tcp(stream)
+                    Stream::tcp(stream).map_err(failed)?
                 }
             };
-            let agreed = handshake::negotiate(&stream, &uri.export, &options.contexts).await?;
+            let agreed = handshake::negotiate(&mut stream, uri, tls, &options.contexts).await?;
             Ok(Client { engine: Arc::new(Engine::start(stream, agreed, options.requests)) })
         };
         tokio::time::timeout(options.connect_timeout, connecting)

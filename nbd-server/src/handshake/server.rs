@@ -13,6 +13,7 @@ use crate::limits::{MAX_CONTEXTS, MAX_OPTION, MAX_OPTION_DRAINED, MAX_OPTIONS};
 use crate::name::ExportName;
 use crate::stream::Stream;
 use crate::table::{ExportTable, Published};
+use crate::tls::TlsServer;
 use crate::transmission::HeaderStyle;
 use crate::wire::{
     BASE_ALLOCATION, EXPORT_NAME_PADDING, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, RawExportNameAnswer,
@@ -40,11 +41,16 @@ pub(crate) enum HandshakeError {
     NotFixed,
     #[error("the client asks for an export in the old form after extended headers")]
     OldFormWithExtendedHeaders,
+    #[error("the client asks for an export in the old form before TLS")]
+    OldFormBeforeTls,
+    #[error("the TLS handshake failed")]
+    Tls(#[source] io::Error),
 }
 
 /// What the client has settled so far.
 struct Haggling<'a> {
-    stream: &'a Stream,
+    stream: &'a mut Stream,
+    tls: Option<&'a TlsServer>,
     table: &'a ExportTable,
     control: &'a Arc<Control>,
     client_flags: u32,
@@ -56,13 +62,15 @@ struct Haggling<'a> {
 
 enum Next {
     Haggle,
+    StartTls,
     Abort,
     Transmit(Outcome),
 }
 
 /// Leads one handshake. `Ok(None)`: the client ended it in order.
 pub(crate) async fn negotiate(
-    stream: &Stream,
+    stream: &mut Stream,
+    tls: Option<&TlsServer>,
     table: &ExportTable,
     control: &Arc<Control>,
 ) -> Result<Option<Outcome>, HandshakeError> {
@@ -79,10 +87,11 @@ pub(crate) async fn negotiate(
         return Err(HandshakeError::ClientFlags(client_flags));
     }
     let (style, contexts) = (HeaderStyle::Simple, None);
-    let mut haggling = Haggling { stream, table, control, client_flags, style, contexts, out: Vec::new() };
+    let mut haggling = Haggling { stream, tls, table, control, client_flags, style, contexts, out: Vec::new() };
     for _ in 0..MAX_OPTIONS {
         match haggling.option().await? {
             Next::Haggle => {}
+            Next::StartTls => haggling.start_tls().await.map_err(HandshakeError::Tls)?,
             Next::Abort => return Ok(None),
             Next::Transmit(outcome) => return Ok(Some(outcome)),
         }
@@ -121,6 +130,18 @@ impl Haggling<'_> {
         self.send(next).await
     }
 
+    /// Whether the client must change to TLS before anything else.
+    fn needs_tls(&self) -> bool {
+        self.tls.is_some() && self.stream.tls().is_none()
+    }
+
+    /// Nothing has been settled before that could need to be forgotten: there is only one option until here.
+    async fn start_tls(&mut self) -> io::Result<()> {
+        let Some(tls) = self.tls else { return Ok(()) };
+        let connection = tls.connection().map_err(io::Error::other)?;
+        self.stream.start_tls(connection).await
+    }
+
     async fn drain(&self, length: u32) -> io::Result<()> {
         let mut scrap = [0; 4096];
         let mut left = length as usize;
@@ -148,11 +169,26 @@ impl Haggling<'_> {
                 self.reply(kind, option_reply::ACK, &[]);
                 return Next::Abort;
             }
-            option::LIST => self.list(data),
-            option::STARTTLS => {
-                self.error(kind, option_reply::ERR_POLICY, "this server does not offer TLS");
+            option::STARTTLS => match no_data(data) {
+                Ok(()) if self.needs_tls() => {
+                    self.reply(kind, option_reply::ACK, &[]);
+                    return Next::StartTls;
+                }
+                Ok(()) if self.tls.is_some() => {
+                    self.error(kind, option_reply::ERR_INVALID, "TLS is in use already");
+                    Ok(())
+                }
+                Ok(()) => {
+                    self.error(kind, option_reply::ERR_POLICY, "this server does not offer TLS");
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+            _ if self.needs_tls() => {
+                self.error(kind, option_reply::ERR_TLS_REQD, "this server wants TLS first");
                 Ok(())
             }
+            option::LIST => self.list(data),
             option::INFO => self.info(kind, data).map(|_| ()),
             option::GO => match self.info(kind, data) {
                 Ok(Some(outcome)) => return Next::Transmit(outcome),
@@ -194,6 +230,9 @@ impl Haggling<'_> {
     fn list(&mut self, data: &[u8]) -> Result<(), OptionError> {
         no_data(data)?;
         for published in self.table.published() {
+            if !published.admits(self.stream) {
+                continue;
+            }
             let name = published.name.as_str();
             let mut body = Vec::with_capacity(4 + name.len());
             body.extend_from_slice(U32::new(clamp(name.len())).as_bytes());
@@ -208,7 +247,7 @@ impl Haggling<'_> {
     /// INFO and GO. Returns the outcome only for a GO that is granted.
     fn info(&mut self, kind: u32, data: &[u8]) -> Result<Option<Outcome>, OptionError> {
         let request = InfoRequest::parse(data)?;
-        let Some(published) = self.table.find(&request.name) else {
+        let Some(published) = self.find(&request.name) else {
             self.error(kind, option_reply::ERR_UNKNOWN, "there is no export of that name");
             return Ok(None);
         };
@@ -268,7 +307,7 @@ impl Haggling<'_> {
             return Ok(());
         }
         let request = ContextRequest::parse(data)?;
-        let Some(published) = self.table.find(&request.name) else {
+        let Some(published) = self.find(&request.name) else {
             self.error(kind, option_reply::ERR_UNKNOWN, "there is no export of that name");
             return Ok(());
         };
@@ -303,7 +342,10 @@ impl Haggling<'_> {
             return Err(HandshakeError::OldFormWithExtendedHeaders);
         }
         let name = ExportName::from_wire(data).map_err(OptionError::from)?;
-        let found = self.table.find(&name);
+        if self.needs_tls() {
+            return Err(HandshakeError::OldFormBeforeTls);
+        }
+        let found = self.find(&name);
         let joined = found.and_then(|published| {
             let membership = published.connections.join(self.control, usize::MAX)?;
             Some((published, membership))
@@ -317,6 +359,11 @@ impl Haggling<'_> {
         }
         let outcome = self.outcome(&name, published, membership);
         self.send(Next::Transmit(outcome)).await
+    }
+
+    /// The export of this name, if it exists and the client may know it.
+    fn find(&self, name: &ExportName) -> Option<Arc<Published>> {
+        self.table.find(name).filter(|published| published.admits(self.stream))
     }
 
     /// Whether contexts are selected for the export of this name.

@@ -171,7 +171,7 @@ impl Outbox {
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        stream.try_flush()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

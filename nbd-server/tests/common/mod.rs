@@ -3,7 +3,8 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -19,6 +20,8 @@ pub const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
 pub struct Running {
     pub table: Arc<ExportTable>,
     pub socket: PathBuf,
+    /// Where it listens.
+    pub local: Listen,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
     _folder: tempfile::TempDir,
@@ -36,21 +39,30 @@ impl Running {
     pub fn with_limits(export: Arc<dyn Export>, limits: Limits) -> Running {
         let table = Arc::new(ExportTable::new());
         table.add(name("disk"), export).expect("an empty table");
+        Running::launch(table, None, move |table| Server::new(table, limits))
+    }
+
+    /// On a free TCP port of loopback, or on a Unix socket.
+    pub fn launch(
+        table: Arc<ExportTable>,
+        listen: Option<Listen>,
+        server: impl FnOnce(Arc<ExportTable>) -> Server + Send + 'static,
+    ) -> Running {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("nbd.sock");
         let (stop, stopped) = oneshot::channel();
         let (bound, ready) = std::sync::mpsc::channel();
-        let (served, listen) = (Arc::clone(&table), Listen::Unix(socket.clone()));
+        let (served, listen) = (Arc::clone(&table), listen.unwrap_or_else(|| Listen::Unix(socket.clone())));
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
             runtime.expect("a runtime").block_on(async {
-                let listener = Server::new(served, limits).bind(&listen).await.expect("a free socket");
-                bound.send(()).expect("the test waits");
+                let listener = server(served).bind(&listen).await.expect("a free socket");
+                bound.send(listener.local().clone()).expect("the test waits");
                 listener.serve(stopped).await;
             });
         });
-        ready.recv().expect("the server starts");
-        Running { table, socket, stop: Some(stop), thread: Some(thread), _folder: folder }
+        let local = ready.recv().expect("the server starts");
+        Running { table, socket, local, stop: Some(stop), thread: Some(thread), _folder: folder }
     }
 
     pub fn uri(&self) -> NbdUri {
@@ -303,4 +315,32 @@ pub fn contexts(export: &str, queries: &[&str]) -> Vec<u8> {
     data.extend(u32::try_from(queries.len()).expect("few").to_be_bytes());
     queries.iter().for_each(|query| string(&mut data, query));
     data
+}
+
+/// Runs a tool; `None` when it is not there.
+#[expect(clippy::print_stdout, reason = "a skip is said")]
+pub fn run(program: &str, arguments: &[&str]) -> Option<Output> {
+    // nbdsh takes the first python3 it finds, and the distribution's is the one that has libnbd.
+    let path = format!("/usr/bin:{}", std::env::var("PATH").unwrap_or_default());
+    match Command::new(program).args(arguments).env("PATH", path).output() {
+        Ok(output) => Some(output),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            assert!(std::env::var_os("CI").is_none(), "{program} is missing");
+            println!("skipped: {program} is not installed");
+            None
+        }
+        Err(error) => panic!("{program}: {error}"),
+    }
+}
+
+/// Runs a tool that must succeed; returns what it printed.
+pub fn succeed(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = run(program, arguments)?;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{program} {arguments:?}\n{out}\n{err}");
+    Some(out.into_owned())
+}
+
+pub fn path(path: &Path) -> &str {
+    path.to_str().expect("a plain path")
 }
