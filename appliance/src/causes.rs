@@ -5,7 +5,7 @@ use std::path::Path;
 
 use blockstore::error::ReadError;
 use blockstore::overlay::OverlayError;
-use blockstore::{BackupError, InitError, OpenError, RestoreError, VerifyError};
+use blockstore::{BackupError, InitError, LeaseError, OpenError, RestoreError, VerifyError};
 use images::TargetError;
 use nbd_server::ListenError;
 
@@ -51,12 +51,16 @@ impl Problem {
             BackupError::NoSpace { .. } => problem.hint(MAKE_ROOM),
             BackupError::Index(cause) => Problem::from_read(&format!("{title}: {error}"), cause),
             BackupError::Disk { .. } => problem.with_kind(Kind::Usage),
+            BackupError::Lease(LeaseError::Lapsed { .. }) => {
+                problem.hint("no recovery point was made; what is stored is found again, so the next backup is short")
+            }
             BackupError::Cancelled => {
                 Problem::new(Kind::Failed, format!("the backup of machine {machine} was cancelled"))
                     .hint("no recovery point was made")
             }
             BackupError::Storage { .. }
             | BackupError::Point(_)
+            | BackupError::Lease(_)
             | BackupError::Randomness(_)
             | BackupError::Threads(_)
             | BackupError::Failed => problem,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use blockstore::base::Base;
 use blockstore::disk::LocalFolder;
 use blockstore::overlay::{Overlay, OverlayIdentity};
-use blockstore::{PointDisk, RecoveryPoint, Repository};
+use blockstore::{Lease, PointDisk, RecoveryPoint, Repository};
 use nbd_server::ExportName;
 
 use crate::problem::Problem;
@@ -29,6 +29,14 @@ pub fn load_point(repository: &Repository, id: &str) -> Result<RecoveryPoint, Pr
     repository
         .load_point(parsed)
         .map_err(|error| Problem::from_read(&format!("cannot read recovery point {id}"), &error))
+}
+
+/// A lease of a point for as long as `work` on it lasts: what it needs stays, even if the point is forgotten meanwhile.
+pub fn hold(repository: &Repository, work: &str, point: &RecoveryPoint) -> Result<Lease, Problem> {
+    let owner = format!("{work} of {}", point.machine);
+    repository
+        .hold_point(&owner, point)
+        .map_err(|error| Problem::from_read(&format!("cannot take a lease for the {owner}"), &error))
 }
 
 /// A disk's export name.

@@ -109,9 +109,11 @@ impl Exports {
         let table = Arc::new(ExportTable::new());
         let (filled, reading, id_of_point) = (table.clone(), repository.clone(), point.id.clone());
         let names = chosen.clone();
-        tokio::task::spawn_blocking(move || {
+        let lease = tokio::task::spawn_blocking(move || {
             let point = disks::load_point(&reading, &id_of_point)?;
-            names.iter().try_for_each(|disk| add(&reading, &point, disk, overlay.as_deref(), &filled))
+            let lease = disks::hold(&reading, "export", &point)?;
+            names.iter().try_for_each(|disk| add(&reading, &point, disk, overlay.as_deref(), &filled))?;
+            Ok::<_, Problem>(lease)
         })
         .await
         .map_err(|error| Problem::failed("cannot open the disks", &error))??;
@@ -136,6 +138,7 @@ impl Exports {
                 })
                 .await;
             drop(scratch);
+            drop(lease);
             exports.lock().remove(&id);
         });
         if let Some(entry) = running.get_mut(&id) {

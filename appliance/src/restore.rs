@@ -171,6 +171,7 @@ pub fn restore(
 ) -> Result<RestoreResult, Problem> {
     let started = Instant::now();
     let loaded = crate::disks::load_point(repository, &point.id)?;
+    let _held = crate::disks::hold(repository, "restore", &loaded)?;
     progress.expect(plan.steps.iter().fold(0, |sum, step| sum.saturating_add(step.size)));
     let mut disks = Vec::with_capacity(plan.steps.len());
     for step in &plan.steps {

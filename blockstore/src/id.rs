@@ -93,6 +93,12 @@ id!(
     16
 );
 
+id!(
+    /// The name of a lease.
+    LeaseId,
+    16
+);
+
 impl ChunkId {
     /// The reserved id of the chunk, or subtree, that is all zeroes. Nothing is stored for it.
     pub const ZERO: ChunkId = ChunkId([0; 32]);

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use blockstore::Repository;
+use blockstore::lease::{self, Surroundings};
 use blockstore::overlay::Overlay;
+use blockstore::{Lease, RecoveryPoint, Repository};
 use hypervisor::{Hypervisor, Machine, QemuHypervisor};
 use nbd_server::{ExportTable, Limits, Listen, Server};
 use serde::{Deserialize, Serialize};
@@ -98,6 +99,8 @@ struct Driver {
     machine: Option<hypervisor::MachineDefinition>,
     vm: Option<Arc<dyn Machine>>,
     serving: Option<Serving>,
+    /// Keeps what the overlays stand on, even if the point is forgotten.
+    lease: Option<Lease>,
     watchers: Vec<JoinHandle<()>>,
 }
 
@@ -359,12 +362,20 @@ impl Recovery {
         let table = Arc::new(ExportTable::new());
         let (context, definition) = (self.context.clone(), self.definition.clone());
         let (dir, first_read) = (self.dir.clone(), self.first_read.clone());
-        let filled = table.clone();
-        let overlays = tokio::task::spawn_blocking(move || {
-            fill(&context.repository, &definition, &dir, open, &first_read, &filled)
+        let (filled, lease_name) = (table.clone(), self.lease_name());
+        let (overlays, lease) = tokio::task::spawn_blocking(move || {
+            let point = disks::load_point(&context.repository, &definition.point)?;
+            let owner = format!("recovery {}", definition.name);
+            let lease = context
+                .repository
+                .hold_recovery(&lease_name, &owner, &point)
+                .map_err(|error| Problem::from_read(&format!("cannot take a lease for {owner}"), &error))?;
+            let overlays = fill(&context.repository, &definition, &point, &dir, open, &first_read, &filled)?;
+            Ok::<_, Problem>((overlays, lease))
         })
         .await
         .map_err(|error| Problem::failed("cannot publish the disks", &error))??;
+        driver.lease = Some(lease);
         let socket = self.socket("nbd.sock");
         let listener = Server::new(table, Limits::default())
             .bind(&Listen::Unix(socket))
@@ -385,6 +396,11 @@ impl Recovery {
             shown.overlays = overlays;
         });
         Ok(())
+    }
+
+    /// What tells this recovery from all others that use the repository.
+    fn lease_name(&self) -> String {
+        format!("{}:{}", lease::System.process().host, self.dir.display())
     }
 
     async fn retire(&self, driver: &mut Driver) {
@@ -481,6 +497,10 @@ impl Recovery {
             removed.map_err(|error| cannot(&error))?;
         }
         fs::remove_dir_all(&self.dir).map_err(|error| cannot(&error))?;
+        driver.lease = None;
+        if let Err(error) = self.context.repository.release_recovery(&self.lease_name()) {
+            tracing::warn!(recovery = %self.definition.name, %error, "its lease stays until it expires");
+        }
         let (state, _) = driver.state.apply(Event::Removed);
         driver.state = state;
         self.show(|shown| shown.state = state);
@@ -528,7 +548,7 @@ impl Recovery {
 
 impl Driver {
     fn new(journal: Journal, state: State) -> Driver {
-        Driver { journal, state, machine: None, vm: None, serving: None, watchers: Vec::new() }
+        Driver { journal, state, machine: None, vm: None, serving: None, lease: None, watchers: Vec::new() }
     }
 
     fn stop_watchers(&mut self) {
@@ -542,16 +562,16 @@ impl Driver {
 fn fill(
     repository: &Repository,
     definition: &Definition,
+    point: &RecoveryPoint,
     dir: &Path,
     open: OpenOverlay,
     first_read: &Arc<FirstRead>,
     table: &ExportTable,
 ) -> Result<Vec<Arc<Overlay>>, Problem> {
-    let point = disks::load_point(repository, &definition.point)?;
     let mut overlays = Vec::new();
     for disk in &definition.disks {
-        let base = disks::open(repository, &point, &disk.name)?;
-        let overlay = Arc::new(disks::open_overlay(&dir.join("disks"), &point, &disk.name, base, open)?);
+        let base = disks::open(repository, point, &disk.name)?;
+        let overlay = Arc::new(disks::open_overlay(&dir.join("disks"), point, &disk.name, base, open)?);
         let description = format!("{} of {} in recovery {}", disk.name, definition.machine, definition.name);
         let export = OverlayExport { overlay: overlay.clone(), description, first_read: first_read.clone() };
         table

@@ -18,11 +18,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::keys::random;
+use crate::lease::{Lease, LeaseError, LeaseKind};
 use crate::manifest::Shape;
 use crate::point::{Consistency, MAX_DISKS, PointStats, PointText, PointedDisk, RecoveryPoint, is_disk_name};
 use crate::progress::Progress;
@@ -105,6 +106,9 @@ pub enum BackupError {
         /// Why not.
         reason: &'static str,
     },
+    /// It cannot say that it is at work, or was away for so long that others no longer count on it.
+    #[error("the backup has no lease of the repository")]
+    Lease(#[from] LeaseError),
     /// No randomness from the operating system.
     #[error("no randomness from the operating system")]
     Randomness(#[source] io::Error),
@@ -177,6 +181,7 @@ pub struct Backup<'s> {
     stats: PointStats,
     began: Instant,
     time_unix_ns: u64,
+    lease: Lease,
 }
 
 /// What is to be compared when all is stored.
@@ -198,6 +203,10 @@ impl<'s> Backup<'s> {
         parent: Option<&RecoveryPoint>,
         progress: Arc<Progress>,
     ) -> Result<Backup<'s>, BackupError> {
+        // First of all: collect frees nothing that the index says from here on.
+        let (storage, repository) = (read.fetcher.storage.clone(), read.fetcher.config.repository);
+        let owner = format!("backup of {machine}");
+        let lease = Lease::take(storage, repository, None, LeaseKind::Backup, &owner, &[])?;
         read.fetcher.index.refresh().map_err(BackupError::Index)?; // other processes write, too
         if let Err(error) = read.fetcher.storage.tidy() {
             warn!(%error, "temporary files of killed writers not removed, the next backup will try again");
@@ -216,6 +225,7 @@ impl<'s> Backup<'s> {
             stats: PointStats::default(),
             began: Instant::now(),
             time_unix_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
+            lease,
         })
     }
 
@@ -278,6 +288,7 @@ impl<'s> Backup<'s> {
     ///
     /// Order: (1) packs, (2) index runs, (3) the compare, (4) the point, (5) merged runs. A point before 1 or 2 could
     /// survive a power cut that takes what it names; before 3 it could be one that does not hold what the source does.
+    /// The lease must count before 4 and after it: else what the point names may have been collected, and it is deleted.
     pub fn seal(mut self, details: PointDetails) -> Result<RecoveryPoint, BackupError> {
         let Some(writer) = self.writer.take() else { return Err(BackupError::Failed) };
         if self.shared.progress.is_cancelled() {
@@ -303,7 +314,14 @@ impl<'s> Backup<'s> {
         let salt = random().map_err(BackupError::Randomness)?;
         let (bytes, point) = text.seal(salt, &fetcher.config, &fetcher.keyring).map_err(BackupError::Point)?;
         let object = Object::Point(point.id);
+        self.lease.confirm()?;
         fetcher.storage.put(&object, &bytes).map_err(|source| BackupError::storage(object, source))?;
+        if let Err(error) = self.lease.confirm() {
+            if let Err(error) = fetcher.storage.delete(&object) {
+                error!(%object, %error, "the lease lapsed while this point was written, and it cannot be deleted");
+            }
+            return Err(error.into());
+        }
         info!(machine = self.machine, point = %point.id, stored = self.stats.stored_bytes, "recovery point written");
         if let Err(error) = fetcher.index.merge_small() {
             warn!(%error, "index runs not merged, the next backup will try again");

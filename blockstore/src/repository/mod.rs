@@ -70,8 +70,12 @@ impl Repository {
         &self.shared.fetcher
     }
 
-    fn storage(&self) -> &dyn Storage {
+    pub(crate) fn storage(&self) -> &dyn Storage {
         &*self.shared.fetcher.storage
+    }
+
+    pub(crate) fn storage_handle(&self) -> Arc<dyn Storage> {
+        self.shared.fetcher.storage.clone()
     }
 
     /// Random bytes for a new key file.

@@ -11,7 +11,8 @@ use std::io;
 
 use bytes::Bytes;
 
-use crate::id::{PackId, RecoveryPointId, RunId, SlotId};
+use crate::id::{LeaseId, PackId, RecoveryPointId, RunId, SlotId};
+use crate::lease::{Surroundings, System};
 use crate::mapping::Mapping;
 
 /// The name of an object.
@@ -31,6 +32,8 @@ pub enum Object {
     Point(RecoveryPointId),
     /// The empty marker of a pack that was found damaged.
     DamagedPack(PackId),
+    /// A lease: a note of who is at work.
+    Lease(LeaseId),
 }
 
 /// The kinds of objects that can be listed.
@@ -46,6 +49,8 @@ pub enum ObjectKind {
     Point,
     /// Markers of damaged packs.
     DamagedPack,
+    /// Leases.
+    Lease,
 }
 
 /// An object and its length.
@@ -71,6 +76,7 @@ impl Object {
             Object::DamagedRun(id) => format!("index/{id}.damaged"),
             Object::Point(id) => format!("points/{id}"),
             Object::DamagedPack(id) => format!("damaged/{id}"),
+            Object::Lease(id) => format!("leases/{id}"),
         }
     }
 
@@ -82,6 +88,7 @@ impl Object {
             ObjectKind::IndexRun => name.parse().ok().map(Object::IndexRun),
             ObjectKind::Point => name.parse().ok().map(Object::Point),
             ObjectKind::DamagedPack => name.parse().ok().map(Object::DamagedPack),
+            ObjectKind::Lease => name.parse().ok().map(Object::Lease),
         }
     }
 }
@@ -95,6 +102,7 @@ impl fmt::Display for Object {
             Object::IndexRun(_) | Object::DamagedRun(_) => write!(out, "index run {}", self.path()),
             Object::Point(_) => write!(out, "recovery point {}", self.path()),
             Object::DamagedPack(_) => write!(out, "marker {}", self.path()),
+            Object::Lease(_) => write!(out, "lease {}", self.path()),
         }
     }
 }
@@ -102,7 +110,7 @@ impl fmt::Display for Object {
 /// Keeps objects. All methods block and may be called from several threads.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Stores an object atomically and durably: when this returns it survives a power cut; if it fails the object is
-    /// absent or whole. An existing object is replaced, which is only ever done with the same bytes.
+    /// absent or whole. An existing object is replaced: a note by another note, all others only by the same bytes.
     fn put(&self, object: &Object, bytes: &[u8]) -> io::Result<()>;
 
     /// Like [`Storage::put`], but [`io::ErrorKind::AlreadyExists`] if the object exists; of several that race, one
@@ -153,6 +161,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The bytes of an object without reading them now, where that is possible.
     fn map(&self, object: &Object) -> io::Result<Mapping>;
 
+    /// The clock and the processes that leases go by. Simulated storage may have its own.
+    fn surroundings(&self) -> &dyn Surroundings {
+        &System
+    }
+
     /// Lets go of what is kept in memory of a range, so that the next read of it comes from the device. A hint.
     fn forget(&self, object: &Object, offset: u64, len: u64) {
         let _ = (object, offset, len);
@@ -181,6 +194,7 @@ mod tests {
             Object::DamagedRun(RunId([1; 32])),
             Object::Point(RecoveryPointId([2; 32])),
             Object::DamagedPack(PackId([3; 32])),
+            Object::Lease(LeaseId([4; 16])),
         ]
         .map(|object| object.path());
         let pack = format!("packs/cd/{}", "cd".repeat(32));
@@ -189,7 +203,8 @@ mod tests {
         let slot = format!("keys/{}", "ab".repeat(16));
         let point = format!("points/{}", "02".repeat(32));
         let marker = format!("damaged/{}", "03".repeat(32));
-        assert_eq!(paths, ["repository".to_owned(), slot, pack, run, damaged, point, marker]);
+        let lease = format!("leases/{}", "04".repeat(16));
+        assert_eq!(paths, ["repository".to_owned(), slot, pack, run, damaged, point, marker, lease]);
     }
 
     #[test]
