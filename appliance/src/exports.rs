@@ -281,6 +281,104 @@ impl blockstore::Source for ImageSource {
     }
 }
 
+/// A recovery point's disk, read as an image is.
+pub struct BaseImage(pub Arc<dyn Base>);
+
+impl images::DiskImage for BaseImage {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        check_range(self.0.size(), offset, buf)?;
+        let mut segments = Vec::new();
+        self.0.read(offset, buf.len() as u64, &mut segments).map_err(io::Error::other)?;
+        fill(&segments, buf);
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        first_data(self.0.size(), offset, |at, length| self.0.extents(at, length, EXTENTS).map_err(io::Error::other))
+    }
+}
+
+/// A running recovery's disk as it is at present, read as an image is.
+pub struct OverlayImage(pub Arc<Overlay>);
+
+impl images::DiskImage for OverlayImage {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        check_range(self.0.size(), offset, buf)?;
+        let mut segments = Vec::new();
+        self.0.read(offset, buf.len() as u64, &mut segments).map_err(io::Error::other)?;
+        fill(&segments, buf);
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        first_data(self.0.size(), offset, |at, length| self.0.extents(at, length, EXTENTS).map_err(io::Error::other))
+    }
+}
+
+/// Extents asked for at a time when data is looked for.
+const EXTENTS: usize = 1024;
+
+fn check_range(size: u64, offset: u64, buf: &[u8]) -> io::Result<()> {
+    match offset.checked_add(buf.len() as u64) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the read reaches past the disk's end")),
+    }
+}
+
+fn fill(segments: &[Segment], buf: &mut [u8]) {
+    let mut rest = buf;
+    for segment in segments {
+        let length = match segment {
+            Segment::Data(bytes) => bytes.len(),
+            Segment::Hole(length) => usize::try_from(*length).unwrap_or(usize::MAX),
+        };
+        let (part, left) = std::mem::take(&mut rest).split_at_mut(length);
+        match segment {
+            Segment::Data(bytes) => part.copy_from_slice(bytes),
+            Segment::Hole(_) => part.fill(0),
+        }
+        rest = left;
+    }
+}
+
+/// The first range of data at or behind `offset`, by the extents that `extents` tells from a place on.
+fn first_data(
+    size: u64,
+    offset: u64,
+    extents: impl Fn(u64, u64) -> io::Result<Vec<blockstore::base::Extent>>,
+) -> io::Result<Option<Range<u64>>> {
+    let mut at = offset;
+    let mut found: Option<Range<u64>> = None;
+    while at < size {
+        let told = extents(at, size - at)?;
+        if told.is_empty() {
+            break;
+        }
+        for extent in told {
+            match (&mut found, extent.hole) {
+                (None, true) => {}
+                (None, false) => found = Some(at..at + extent.length),
+                (Some(found), false) => found.end = at + extent.length,
+                (Some(_), true) => return Ok(found),
+            }
+            at += extent.length;
+        }
+        // Enough is known: data goes on behind it, and who wants more asks again.
+        if found.is_some() {
+            break;
+        }
+    }
+    Ok(found)
+}
+
 /// An image file as the target of a restore.
 pub struct ImageTarget<'a>(pub &'a dyn images::ImageTarget);
 

@@ -9,6 +9,7 @@ mod causes;
 pub mod cli;
 pub mod disks;
 pub mod exports;
+pub mod files;
 pub mod inspect;
 pub mod jobs;
 pub mod log;

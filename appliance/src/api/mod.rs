@@ -2,6 +2,7 @@
 //! line. Handlers take requests apart and put answers together; the work is done elsewhere.
 
 mod events;
+mod files;
 pub mod listener;
 
 use std::path::PathBuf;
@@ -64,6 +65,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/api/v1/jobs", get(list_jobs))
         .route("/api/v1/jobs/{id}", get(show_job).delete(cancel_job))
         .route("/api/v1/jobs/{id}/events", get(follow_job))
+        .merge(files::routes())
         .fallback(|| async { Problem::not_found("there is no such resource") })
         .with_state(app)
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::http::{Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper_util::rt::TokioIo;
@@ -57,6 +57,12 @@ impl Client {
     pub async fn stream(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Events, Problem> {
         let response = self.send(method, path, body).await?;
         Ok(Events { body: response.into_body(), buffer: Vec::new() })
+    }
+
+    /// A request whose answer is a stream of bytes.
+    pub async fn download(&self, path: &str, body: &impl Serialize) -> Result<Download, Problem> {
+        let response = self.send(Method::POST, path, Some(body)).await?;
+        Ok(Download { body: response.into_body() })
     }
 
     async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Response<Body>, Problem> {
@@ -118,6 +124,31 @@ async fn collect(body: Body) -> Result<Vec<u8>, Problem> {
         .await
         .map(Vec::from)
         .map_err(|error| Problem::failed("the answer broke off", &error))
+}
+
+/// A stream of bytes.
+#[derive(Debug)]
+pub struct Download {
+    body: Body,
+}
+
+impl Download {
+    /// The next bytes, or `None` when the stream ended.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Problem> {
+        loop {
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Err(error)) => return Err(Problem::failed("the answer broke off", &error)),
+                Some(Ok(frame)) => {
+                    if let Ok(bytes) = frame.into_data()
+                        && !bytes.is_empty()
+                    {
+                        return Ok(Some(bytes));
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// A stream of server-sent events.

@@ -4,7 +4,10 @@ mod args;
 mod backup;
 mod client;
 mod connect;
+mod cp;
 mod export;
+mod extract;
+mod files;
 mod points;
 mod progress;
 mod recover;
@@ -119,6 +122,9 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Restore(args) => restore::run(door, global, args).await,
         Command::Verify(args) => verify::run(door, global, args).await,
         Command::Export(args) => export::run(door, global, args).await,
+        Command::Ls(args) => files::ls(door, global, args).await,
+        Command::Find(args) => files::find(door, global, args).await,
+        Command::Cp(args) => cp::run(door, global, args).await,
         Command::Recover(args) => recover::run(door, global, args).await,
         Command::Recoveries => recover::list(door, global).await,
         Command::Recovery(args) => recover::show(door, global, args).await,

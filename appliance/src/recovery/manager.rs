@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use blockstore::overlay::Overlay;
+
 use super::one::{Context, Definition, Recovery};
 use super::state::State;
 use super::{HypervisorKind, RecoverRequest, RecoveryView};
@@ -120,6 +122,11 @@ impl Recoveries {
             return Ok(super::broken::view(name, problem));
         }
         self.get(name).map(|recovery| recovery.view())
+    }
+
+    /// The disks of a recovery as they are at present, by name; none while they are not served.
+    pub fn disks(&self, name: &str) -> Result<Vec<(String, Arc<Overlay>)>, Problem> {
+        self.get(name).map(|recovery| recovery.disks())
     }
 
     /// Ends a recovery: VM, exports, overlays and sockets go.

@@ -416,6 +416,12 @@ impl Recovery {
         });
     }
 
+    /// Its disks as they are at present; none while they are not served.
+    pub fn disks(&self) -> Vec<(String, Arc<Overlay>)> {
+        let overlays = self.lock().overlays.clone();
+        self.definition.disks.iter().map(|disk| disk.name.clone()).zip(overlays).collect()
+    }
+
     async fn start_vm(self: &Arc<Self>, driver: &mut Driver) -> Result<(), Problem> {
         if self.definition.request.on == HypervisorKind::None {
             return Ok(());

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 pub use error::FsError;
 pub(crate) use fat::Geometry as FatGeometry;
-pub use walk::{Walk, WalkStep, find_path};
+pub use walk::{Located, Walk, WalkStep, find_path};
 
 use crate::volume::Kind;
 use crate::{Cached, DiskImage, SharedDisk};

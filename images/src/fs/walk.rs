@@ -9,9 +9,12 @@ const LINKS_MAX: usize = 40;
 /// Deepest directory that is walked; a path of Linux is shorter.
 const DEPTH_MAX: usize = 2048;
 
+/// An object with its path: the names from the root on.
+pub type Located = (Vec<Vec<u8>>, Node);
+
 /// The object at `path`, which begins at the root whether or not it begins with `/`. Symbolic links on the way are
 /// followed within the file system; the last component is not. Returns the path without links, too.
-pub fn find_path(fs: &dyn FileSystem, path: &[u8]) -> Result<(Vec<Vec<u8>>, Node), FsError> {
+pub fn find_path(fs: &dyn FileSystem, path: &[u8]) -> Result<Located, FsError> {
     let shown = || String::from_utf8_lossy(path).into_owned();
     let split = |path: &[u8]| path.split(|byte| *byte == b'/').map(<[u8]>::to_vec).rev().collect::<Vec<_>>();
     let mut todo = split(path);
