@@ -43,5 +43,5 @@ pub use repository::{
     Affected, Damage, InitError, KeyError, KeySlot, OpenError, Repository, RepositoryStats, Rotated, SlotKind,
     SlotState, VerifyError, VerifyOptions, VerifyReport,
 };
-pub use restore::{RestoreError, RestoreStats, Target, ZeroPolicy, restore};
+pub use restore::{Differences, RestoreError, RestoreStats, Target, ZeroPolicy, compare, restore, restore_changed};
 pub use storage::{LocalStorage, Storage};

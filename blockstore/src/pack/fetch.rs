@@ -10,7 +10,7 @@ use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::config::Config;
 use crate::format::pack::{FLAG_ZSTD, PackKind, associated_data, check_lengths};
-use crate::id::{ChunkId, PackId};
+use crate::id::ChunkId;
 use crate::index::Index;
 use crate::index::run::Location;
 use crate::keys::{Cipher, Keyring, frame_nonce};
@@ -41,16 +41,16 @@ pub(crate) enum Wanted {
     Node { level: u8 },
 }
 
-type Unzstd = zstd::bulk::Decompressor<'static>;
+pub(super) type Unzstd = zstd::bulk::Decompressor<'static>;
 
 /// Per thread: a fresh zstd context costs more than many frames.
-struct Scratch {
-    zstd: Option<Unzstd>,
-    stored: Vec<u8>,
+pub(super) struct Scratch {
+    pub zstd: Option<Unzstd>,
+    pub stored: Vec<u8>,
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { zstd: None, stored: Vec::new() }) };
+    pub(super) static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { zstd: None, stored: Vec::new() }) };
 }
 
 impl Fetcher {
@@ -169,42 +169,81 @@ impl Fetcher {
         frame: &mut [u8],
         zstd: &mut Unzstd,
     ) -> Result<Bytes, FormatError> {
-        let (kind, plain_len, level) = match wanted {
-            Wanted::Chunk => (PackKind::Data, self.config.chunk_size, 0),
-            Wanted::Node { level } => (PackKind::Metadata, NODE_LEN, level),
-        };
+        let (payload, plain_len) = self.payload(id, location, wanted, cipher, frame)?;
+        let plain = unpack(payload, location.entry.flags, plain_len, zstd)?;
+        self.check_id(id, wanted, &plain)?;
+        Ok(plain.into())
+    }
+
+    /// [`Fetcher::open_frame`] into a buffer that the caller owns and that has exactly the plain length.
+    pub(super) fn open_into(
+        &self,
+        location: &Location,
+        wanted: Wanted,
+        cipher: Option<&Cipher>,
+        frame: &mut [u8],
+        zstd: &mut Unzstd,
+        plain: &mut [u8],
+    ) -> Result<(), FormatError> {
+        let id = &location.entry.id;
+        let (payload, plain_len) = self.payload(id, location, wanted, cipher, frame)?;
+        let wrong = FormatError::Length { part: "the frame" };
+        if plain.len() != plain_len as usize {
+            return Err(wrong);
+        }
+        if location.entry.flags & FLAG_ZSTD == 0 {
+            if payload.len() != plain.len() {
+                return Err(wrong);
+            }
+            plain.copy_from_slice(payload);
+        } else {
+            let len = zstd.decompress_to_buffer(payload, plain);
+            if len.map_err(|_| FormatError::Checksum { part: "the frame" })? != plain.len() {
+                return Err(wrong);
+            }
+        }
+        self.check_id(id, wanted, plain)
+    }
+
+    /// Checks what the index says of a frame and opens its seal in place: the payload, and how long it is unpacked.
+    fn payload<'a>(
+        &self,
+        id: &ChunkId,
+        location: &Location,
+        wanted: Wanted,
+        cipher: Option<&Cipher>,
+        frame: &'a mut [u8],
+    ) -> Result<(&'a [u8], u32), FormatError> {
+        let (kind, plain_len, level) = self.expected(wanted);
         let entry = &location.entry;
         if location.pack.kind != kind || location.pack.encryption != self.config.encryption || entry.level != level {
             return Err(FormatError::Field { field: "kind of the frame" });
         }
         check_lengths(entry.stored_len, plain_len, self.config.encryption)?;
         let data = associated_data(id, plain_len, entry.flags, level);
-        let payload: &[u8] = match cipher {
-            Some(cipher) => cipher.open(&frame_nonce(u32::from(entry.frame)), &data, frame).ok_or(FormatError::Seal)?,
-            None => frame,
-        };
-        let plain = unpack(payload, entry.flags, plain_len, zstd)?;
-        let hash = match wanted {
-            Wanted::Chunk => self.keyring.chunk_id(&plain),
-            Wanted::Node { level } => self.keyring.node_id(level, &plain),
-        };
-        if hash == *id { Ok(plain.into()) } else { Err(FormatError::Checksum { part: "the chunk" }) }
+        match cipher {
+            Some(cipher) => match cipher.open(&frame_nonce(u32::from(entry.frame)), &data, frame) {
+                Some(payload) => Ok((payload, plain_len)),
+                None => Err(FormatError::Seal),
+            },
+            None => Ok((frame, plain_len)),
+        }
     }
 
-    /// Checks one frame of a whole pack in memory.
-    pub fn check_frame(&self, pack: PackId, location: &Location, frame: &mut [u8]) -> Result<(), ReadError> {
-        let cipher = self.keyring.pack_cipher(&location.pack.salt);
-        let wanted = match location.pack.kind {
-            PackKind::Data => Wanted::Chunk,
-            PackKind::Metadata => Wanted::Node { level: location.entry.level },
+    /// What a frame must be: kind of its pack, plain length, level.
+    pub(super) fn expected(&self, wanted: Wanted) -> (PackKind, u32, u8) {
+        match wanted {
+            Wanted::Chunk => (PackKind::Data, self.config.chunk_size, 0),
+            Wanted::Node { level } => (PackKind::Metadata, NODE_LEN, level),
+        }
+    }
+
+    fn check_id(&self, id: &ChunkId, wanted: Wanted, plain: &[u8]) -> Result<(), FormatError> {
+        let hash = match wanted {
+            Wanted::Chunk => self.keyring.chunk_id(plain),
+            Wanted::Node { level } => self.keyring.node_id(level, plain),
         };
-        let id = location.entry.id;
-        SCRATCH.with_borrow_mut(|scratch| {
-            let zstd = context(&mut scratch.zstd).map_err(|source| ReadError::io(&Object::Pack(pack), source))?;
-            self.open_frame(&id, location, wanted, cipher.as_ref(), frame, zstd)
-                .map(drop)
-                .map_err(|_| ReadError::CorruptChunk { pack, chunk: id })
-        })
+        if hash == *id { Ok(()) } else { Err(FormatError::Checksum { part: "the chunk" }) }
     }
 }
 
@@ -212,7 +251,7 @@ fn follows(last: &Location, next: &Location) -> bool {
     last.pack.pack == next.pack.pack && last.entry.offset.checked_add(last.entry.stored_len) == Some(next.entry.offset)
 }
 
-fn context(slot: &mut Option<Unzstd>) -> io::Result<&mut Unzstd> {
+pub(super) fn context(slot: &mut Option<Unzstd>) -> io::Result<&mut Unzstd> {
     match slot {
         Some(context) => Ok(context),
         None => Ok(slot.insert(zstd::bulk::Decompressor::new()?)),

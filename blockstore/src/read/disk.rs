@@ -70,6 +70,11 @@ impl PointDisk {
         self.core.manifest.leaf(chunk / FAN_OUT)
     }
 
+    /// How many leaves from `leaf` are known to be zero; 0 if it holds data.
+    pub(crate) fn zero_leaves(&self, leaf: u64) -> Result<u64, ReadError> {
+        self.core.manifest.zero_leaves(leaf)
+    }
+
     pub(crate) fn fetcher(&self) -> &Fetcher {
         &self.shared.fetcher
     }

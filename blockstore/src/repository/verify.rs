@@ -20,6 +20,7 @@ use super::open::{OpenError, read_config, read_slot};
 use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::pack::{MAX_PACK_LEN, decode_pack};
+use crate::format::run::Entry;
 use crate::id::{ChunkId, IdHash, PackId, RecoveryPointId, RunId};
 use crate::index::SetAside;
 use crate::index::build::describe_pack;
@@ -496,18 +497,15 @@ fn check_pack(repository: &Repository, pack: PackId) -> Result<(u64, PackProblem
         Err(source) => return Err(ReadError::io(&object, source)),
     };
     let len = bytes.len() as u64;
-    if blake3::hash(&bytes).as_bytes() == &pack.0 {
+    let named = blake3::hash(&bytes).as_bytes() == &pack.0;
+    let mut bytes = bytes.to_vec();
+    if named {
         // The bytes are those that were written; still open every frame, to notice what was written wrong.
         match decode_pack(&bytes) {
             Ok((header, frames)) => {
                 let pack_len = u32::try_from(len).unwrap_or(MAX_PACK_LEN); // at most MAX_PACK_LEN
                 let (row, entries) = describe_pack(pack, &header, pack_len, &frames);
-                for entry in entries {
-                    let location = Location { pack: row, entry };
-                    if !frame_is_good(repository, &bytes, &location)? {
-                        problems.chunks.insert(entry.id);
-                    }
-                }
+                problems.chunks.extend(fetcher.bad_frames(&mut bytes, &row, &entries)?);
             }
             Err(error) => {
                 problems.whole = Some(error.to_string());
@@ -517,24 +515,13 @@ fn check_pack(repository: &Repository, pack: PackId) -> Result<(u64, PackProblem
     } else {
         // Damaged somewhere; the index, not the pack's own table, says which frames ought to be there.
         problems.whole = Some(FormatError::Name.to_string());
-        for location in indexed(repository, pack) {
-            if !frame_is_good(repository, &bytes, &location)? {
-                problems.chunks.insert(location.entry.id);
-            }
+        let locations = indexed(repository, pack);
+        if let Some(row) = locations.first().map(|location| location.pack) {
+            let entries: Vec<Entry> = locations.into_iter().map(|location| location.entry).collect();
+            problems.chunks.extend(fetcher.bad_frames(&mut bytes, &row, &entries)?);
         }
     }
     Ok((len, problems))
-}
-
-fn frame_is_good(repository: &Repository, bytes: &[u8], location: &Location) -> Result<bool, ReadError> {
-    let start = location.entry.offset as usize;
-    let frame = bytes.get(start..).and_then(|rest| rest.get(..location.entry.stored_len as usize));
-    let Some(frame) = frame else { return Ok(false) };
-    match repository.fetcher().check_frame(location.pack.pack, location, &mut frame.to_vec()) {
-        Ok(()) => Ok(true),
-        Err(ReadError::CorruptChunk { .. }) => Ok(false),
-        Err(error) => Err(error),
-    }
 }
 
 /// Everything the index says about a pack. Slow, but only damaged packs come here.

@@ -10,6 +10,7 @@
 //! new file is whole, since 1 came first. A target dropped unfinished takes its temporary file with it. On a block device
 //! the first write destroys what was.
 
+mod direct;
 mod qcow2;
 mod raw;
 mod temporary;
