@@ -1,6 +1,7 @@
 //! Joins the libraries, which do not know each other: disks of the store as NBD exports, foreign images and NBD
 //! exports as sources of a backup, image files as targets of a restore.
 
+use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -48,11 +49,22 @@ impl FirstRead {
     }
 }
 
-fn pieces(segments: Vec<Segment>, out: &mut Vec<Piece>) {
-    out.extend(segments.into_iter().map(|segment| match segment {
+thread_local! {
+    /// Used again for each read: a read from memory allocates nothing.
+    static SEGMENTS: RefCell<Vec<Segment>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Calls `read` with an empty list and hands what it found over as pieces.
+fn through_segments<R>(out: &mut Vec<Piece>, read: impl FnOnce(&mut Vec<Segment>) -> R) -> R {
+    // Taken out meanwhile, so that a read within a read finds a list of its own.
+    let mut segments = SEGMENTS.take();
+    let result = read(&mut segments);
+    out.extend(segments.drain(..).map(|segment| match segment {
         Segment::Data(bytes) => Piece::Data(bytes),
         Segment::Hole(length) => Piece::Hole(length),
     }));
+    SEGMENTS.set(segments);
+    result
 }
 
 fn extents(extents: Vec<blockstore::base::Extent>) -> Vec<Extent> {
@@ -99,17 +111,12 @@ impl Export for BaseExport {
     }
 
     fn read_resident(&self, offset: u64, length: u32, out: &mut Vec<Piece>) -> bool {
-        let mut segments = Vec::new();
-        let resident = self.base.read_resident(offset, length.into(), &mut segments);
-        pieces(segments, out);
-        resident
+        through_segments(out, |segments| self.base.read_resident(offset, length.into(), segments))
     }
 
     fn read(&self, offset: u64, length: u32, out: &mut Vec<Piece>) -> Result<(), ExportError> {
-        let mut segments = Vec::new();
-        self.base.read(offset, length.into(), &mut segments).map_err(|error| self.failed(&error))?;
-        pieces(segments, out);
-        Ok(())
+        through_segments(out, |segments| self.base.read(offset, length.into(), segments))
+            .map_err(|error| self.failed(&error))
     }
 
     fn write(&self, _offset: u64, _data: &[u8]) -> Result<(), ExportError> {
@@ -185,22 +192,22 @@ impl Export for OverlayExport {
 
     fn read_resident(&self, offset: u64, length: u32, out: &mut Vec<Piece>) -> bool {
         self.first_read.note();
-        let mut segments = Vec::new();
-        let resident = self.overlay.read_resident(offset, length.into(), &mut segments);
-        pieces(segments, out);
-        resident
+        through_segments(out, |segments| self.overlay.read_resident(offset, length.into(), segments))
     }
 
     fn read(&self, offset: u64, length: u32, out: &mut Vec<Piece>) -> Result<(), ExportError> {
         self.first_read.note();
-        let mut segments = Vec::new();
-        self.overlay.read(offset, length.into(), &mut segments).map_err(|error| self.failed("read", &error))?;
-        pieces(segments, out);
-        Ok(())
+        through_segments(out, |segments| self.overlay.read(offset, length.into(), segments))
+            .map_err(|error| self.failed("read", &error))
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), ExportError> {
         self.overlay.write(offset, data).map_err(|error| self.failed("write", &error))
+    }
+
+    fn write_resident(&self, offset: u64, data: &[u8]) -> Option<Result<(), ExportError>> {
+        let written = self.overlay.write_resident(offset, data)?;
+        Some(written.map_err(|error| self.failed("write", &error)))
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), ExportError> {

@@ -1,6 +1,6 @@
 //! What a server serves: [`Export`], implemented by whoever owns the bytes.
 //!
-//! All methods but [`Export::read_resident`] may block; the server calls them on its blocking threads, several at
+//! All methods but [`Export::read_resident`] and [`Export::write_resident`] may block; the server calls them on its blocking threads, several at
 //! once and in no order, and has checked before that the range lies inside the export and that a read-only export
 //! is not written to.
 
@@ -128,6 +128,14 @@ pub trait Export: Send + Sync + 'static {
 
     /// Writes `data` at `offset`. Durable after the next [`Export::flush`] that starts after this returned.
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), ExportError>;
+
+    /// [`Export::write`] if that takes no longer than a copy into memory (the host's page cache is memory enough):
+    /// waits for no device and no other request. `None` if not: nothing is written, and the server calls
+    /// [`Export::write`] instead.
+    fn write_resident(&self, offset: u64, data: &[u8]) -> Option<Result<(), ExportError>> {
+        let _ = (offset, data);
+        None
+    }
 
     /// Makes `length` bytes at `offset` read as zeroes.
     fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), ExportError>;

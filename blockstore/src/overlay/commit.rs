@@ -73,7 +73,12 @@ impl Overlay {
 
     /// Flushes for a writer when too much waits for it.
     pub(super) fn relieve(&self) -> Result<(), OverlayError> {
-        if self.dirty().changes < DIRTY_MAX { Ok(()) } else { self.flush() }
+        if self.wants_relief() { self.flush() } else { Ok(()) }
+    }
+
+    /// Whether the next writer has to flush first.
+    pub(super) fn wants_relief(&self) -> bool {
+        self.dirty().changes >= DIRTY_MAX
     }
 
     /// Returns once every write that returned before this call is durable. Concurrent callers share one pair of syncs.

@@ -49,6 +49,18 @@ impl RangeLocks {
         }
         RangeGuard { locks: self, ticket }
     }
+
+    /// The range if nobody holds or waits for a part of it.
+    pub(super) fn try_lock(&self, range: Range<u64>) -> Option<RangeGuard<'_>> {
+        let mut queue = self.queue();
+        let ticket = queue.next_ticket;
+        if queue.blocked(ticket, &range) {
+            return None;
+        }
+        queue.next_ticket += 1;
+        queue.entries.push((ticket, range));
+        Some(RangeGuard { locks: self, ticket })
+    }
 }
 
 impl Drop for RangeGuard<'_> {
@@ -71,6 +83,8 @@ mod tests {
     fn overlapping_ranges_exclude_each_other_and_others_do_not() {
         let locks = RangeLocks::default();
         let _far = locks.lock(1000..2000);
+        assert!(locks.try_lock(500..1001).is_none());
+        assert!(locks.try_lock(500..1000).is_some());
         let cells: Vec<AtomicBool> = (0..16).map(|_| AtomicBool::new(false)).collect();
         let turns = AtomicU64::new(0);
         thread::scope(|scope| {

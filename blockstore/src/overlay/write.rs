@@ -37,6 +37,21 @@ impl Overlay {
         written.map_err(|error| self.judge(error))
     }
 
+    /// [`Overlay::write`] if it needs nothing but the page cache: whole grains, nobody else at them, no flush due.
+    /// `None` if not; nothing is written then.
+    pub fn write_resident(&self, offset: u64, data: &[u8]) -> Option<Result<(), OverlayError>> {
+        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= self.size)?;
+        let aligned = offset % GRAIN == 0 && (end % GRAIN == 0 || end == self.size);
+        if data.is_empty() || !aligned || self.is_poisoned() || self.wants_relief() {
+            return None;
+        }
+        let range = grains(offset, data.len() as u64);
+        let _turn = self.ranges.try_lock(range.clone())?;
+        let written = self.write_data(offset, data).and_then(|()| self.mark(range, State::Data));
+        self.writes.fetch_add(1, Ordering::Release);
+        Some(written.map_err(|error| self.judge(error)))
+    }
+
     /// Makes a range read as zeroes. Whole grains take no space afterwards unless they are to be kept allocated, so
     /// that a later write there finds space.
     pub fn write_zeroes(&self, offset: u64, length: u64, allocate: bool) -> Result<(), OverlayError> {
