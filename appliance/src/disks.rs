@@ -2,12 +2,15 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockstore::base::Base;
 use blockstore::disk::LocalFolder;
 use blockstore::overlay::{Overlay, OverlayIdentity};
 use blockstore::{Lease, PointDisk, RecoveryPoint, Repository};
 use nbd_server::ExportName;
+use tokio::runtime::Handle;
+use tokio::task::spawn_blocking;
 
 use crate::problem::Problem;
 use crate::state_dir::create_private_dir;
@@ -52,14 +55,17 @@ pub fn open(repository: &Repository, point: &RecoveryPoint, disk: &str) -> Resul
         .map_err(|error| Problem::from_read(&format!("cannot open disk {disk} of {}", point.machine), &error))
 }
 
-/// The overlay of a disk, in the folder `DIR/DISK`.
+/// How often an open overlay is looked after.
+const UPKEEP: Duration = Duration::from_secs(2);
+
+/// The overlay of a disk, in the folder `DIR/DISK`, looked after for as long as somebody has it.
 pub fn open_overlay(
     dir: &Path,
     point: &RecoveryPoint,
     disk: &str,
     base: Arc<dyn Base>,
     open: OpenOverlay,
-) -> Result<Overlay, Problem> {
+) -> Result<Arc<Overlay>, Problem> {
     create_private_dir(dir)
         .map_err(|error| Problem::failed(format!("cannot make folder {}", dir.display()), &error))?;
     let identity = OverlayIdentity { point: *point.id.as_bytes(), disk: disk.to_owned(), size: base.size() };
@@ -68,11 +74,27 @@ pub fn open_overlay(
     let create = match open {
         OpenOverlay::Create => true,
         OpenOverlay::Existing => false,
-        OpenOverlay::Any => !dir.join(disk).join("journal").exists(),
+        OpenOverlay::Any => !dir.join(disk).join("data").exists(),
     };
     let opened =
         if create { Overlay::create(folder, at, identity, base) } else { Overlay::open(folder, at, identity, base) };
-    opened.map_err(|error| {
+    let overlay = Arc::new(opened.map_err(|error| {
         Problem::from_overlay(&format!("cannot open the overlay of disk {disk} in {}", dir.display()), &error)
-    })
+    })?);
+    look_after(&overlay);
+    Ok(overlay)
+}
+
+/// Compacts its journal and warns when space gets short, until nobody has the overlay any more.
+fn look_after(overlay: &Arc<Overlay>) {
+    let Ok(runtime) = Handle::try_current() else { return }; // flushes compact by themselves then
+    let overlay = Arc::downgrade(overlay);
+    runtime.spawn(async move {
+        loop {
+            tokio::time::sleep(UPKEEP).await;
+            let Some(overlay) = overlay.upgrade() else { return };
+            // What fails poisons the overlay, which says so itself.
+            let _ = spawn_blocking(move || overlay.maintain()).await;
+        }
+    });
 }

@@ -211,7 +211,7 @@ fn add(
     let added = match overlay {
         None => table.add(name, Arc::new(BaseExport { base, description })),
         Some(dir) => {
-            let overlay = Arc::new(disks::open_overlay(dir, point, disk, base, OpenOverlay::Any)?);
+            let overlay = disks::open_overlay(dir, point, disk, base, OpenOverlay::Any)?;
             let first_read = FirstRead::since(Instant::now());
             table.add(name, Arc::new(OverlayExport { overlay, description, first_read }))
         }

@@ -99,6 +99,14 @@ fn describe(view: &RecoveryView) {
         })
         .collect();
     render::table(&["DISK", "SIZE", "WRITTEN", "NBD URI"], &rows, &[1, 2]);
+    for disk in view.disks.iter().filter(|disk| disk.space_short) {
+        render::line("");
+        render::line(&format!(
+            "the overlay of {} has only {} left: make room, or the guest is stopped when it is full until there is some",
+            disk.name,
+            render::bytes(disk.free.unwrap_or(0))
+        ));
+    }
     if view.vm.as_deref() == Some("shut-off") {
         let name = &view.name;
         render::line("");

@@ -99,6 +99,12 @@ pub struct DiskView {
     pub target: Option<String>,
     /// Bytes that the guest has written and the overlay holds.
     pub overlay: u64,
+    /// Bytes that the overlay's file system has left, where the overlay is open.
+    #[serde(default)]
+    pub free: Option<u64>,
+    /// Whether that is little, and less than the guest could still write.
+    #[serde(default)]
+    pub space_short: bool,
 }
 
 /// Milliseconds since the recovery was asked for; absent while it has not happened.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use blockstore::lease::{self, Surroundings};
-use blockstore::overlay::Overlay;
+use blockstore::overlay::{Overlay, Room};
 use blockstore::{Lease, RecoveryPoint, Repository};
 use hypervisor::{Hypervisor, Machine, QemuHypervisor};
 use nbd_server::{ExportTable, Limits, Listen, Server};
@@ -300,13 +300,19 @@ impl Recovery {
         let qemu = self.definition.request.on == HypervisorKind::Qemu;
         let path = |name: &str| qemu.then(|| self.dir.join(name).display().to_string());
         let socket = |name: &str| qemu.then(|| self.socket(name).display().to_string());
-        let disk = |(at, disk): (usize, &DiskSummary)| DiskView {
-            name: disk.name.clone(),
-            nbd_uri: shown.uris.get(at).cloned(),
-            size: disk.size,
-            hydrated: 0,
-            target: None,
-            overlay: shown.overlays.get(at).map_or(0, |overlay| overlay.usage().data_grains * 4096),
+        let disk = |(at, disk): (usize, &DiskSummary)| {
+            let overlay = shown.overlays.get(at);
+            let space = overlay.and_then(|overlay| overlay.space());
+            DiskView {
+                name: disk.name.clone(),
+                nbd_uri: shown.uris.get(at).cloned(),
+                size: disk.size,
+                hydrated: 0,
+                target: None,
+                overlay: overlay.map_or(0, |overlay| overlay.usage().data_grains * 4096),
+                free: space.map(|space| space.free),
+                space_short: space.is_some_and(|space| space.room != Room::Enough),
+            }
         };
         let mut timings = shown.timings;
         timings.first_read_ms = self.first_read.millis();
@@ -577,7 +583,7 @@ fn fill(
     let mut overlays = Vec::new();
     for disk in &definition.disks {
         let base = disks::open(repository, point, &disk.name)?;
-        let overlay = Arc::new(disks::open_overlay(&dir.join("disks"), point, &disk.name, base, open)?);
+        let overlay = disks::open_overlay(&dir.join("disks"), point, &disk.name, base, open)?;
         let description = format!("{} of {} in recovery {}", disk.name, definition.machine, definition.name);
         let export = OverlayExport { overlay: overlay.clone(), description, first_read: first_read.clone() };
         table

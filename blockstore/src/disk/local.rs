@@ -8,8 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{
-    Advice, FallocateFlags, FlockOperation, OFlags, SeekFrom as RawSeek, fadvise, fallocate, fcntl_getfl, fcntl_setfl,
-    flock, seek,
+    Advice, FallocateFlags, FlockOperation, OFlags, fadvise, fallocate, fcntl_getfl, fcntl_setfl, flock, statvfs,
 };
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
@@ -95,6 +94,12 @@ impl Folder for LocalFolder {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         File::open(self.resolve(dir)?)?.sync_all()
+    }
+
+    fn space(&self, dir: &Path) -> io::Result<Option<(u64, u64)>> {
+        let found = statvfs(self.resolve(dir)?)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+        Ok(Some((bytes(found.f_bavail), bytes(found.f_blocks))))
     }
 
     fn boot_id(&self) -> Option<[u8; 16]> {
@@ -269,24 +274,6 @@ impl Disk for LocalDisk {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.file.set_len(len)
-    }
-
-    fn has_content(&self) -> io::Result<bool> {
-        let len = self.len()?;
-        let mut offset = 0;
-        while offset < len {
-            let start = match seek(&self.file, RawSeek::Data(offset)) {
-                Ok(start) => start,
-                Err(Errno::NXIO) => return Ok(false), // a hole to the end
-                Err(_) => offset,                     // holes are not known here
-            };
-            let end = seek(&self.file, RawSeek::Hole(start)).map_or(len, |end| end.min(len));
-            if super::has_content_in(self, start..end)? {
-                return Ok(true);
-            }
-            offset = end.max(start + 1);
-        }
-        Ok(false)
     }
 
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {

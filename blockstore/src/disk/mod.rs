@@ -10,7 +10,6 @@ pub use local::{LocalDisk, LocalFolder};
 
 use std::fmt::Debug;
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -60,27 +59,6 @@ pub trait Disk: Send + Sync + Debug {
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
-
-    /// Whether any byte is not zero. Holes are not read where the disk knows them.
-    fn has_content(&self) -> io::Result<bool> {
-        has_content_in(self, 0..self.len()?)
-    }
-}
-
-/// Whether any byte of a range is not zero.
-fn has_content_in(disk: &(impl Disk + ?Sized), range: Range<u64>) -> io::Result<bool> {
-    let mut buf = vec![0; 256 << 10];
-    let mut offset = range.start;
-    while offset < range.end {
-        let step = usize::try_from(range.end - offset).map_or(buf.len(), |left| left.min(buf.len()));
-        let part = buf.get_mut(..step).unwrap_or_default();
-        disk.read_at(offset, part)?;
-        if part.iter().any(|byte| *byte != 0) {
-            return Ok(true);
-        }
-        offset += step as u64;
-    }
-    Ok(false)
 }
 
 /// A name and length, as [`Folder::list`] returns them.
@@ -123,6 +101,12 @@ pub trait Folder: Send + Sync + Debug {
 
     /// Makes the names in `dir` durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+
+    /// Bytes that are free for the caller on the file system of `dir`, and its size; `None` where nobody knows.
+    fn space(&self, dir: &Path) -> io::Result<Option<(u64, u64)>> {
+        let _ = dir;
+        Ok(None)
+    }
 
     /// What tells one start of the machine from another; while it is the same, what was written can be read back,
     /// whatever became of the process that wrote it. None where nobody knows.

@@ -140,7 +140,7 @@ impl Overlay {
         if taken.grains.is_empty() && writes == synced {
             return Ok(writes);
         }
-        if !taken.grains.is_empty() && journal.wants_compaction() {
+        if !taken.grains.is_empty() && journal.must_compact() {
             match self.compact(journal) {
                 Ok(true) => return Ok(writes),
                 Ok(false) => journal.postpone_compaction(),
@@ -167,33 +167,7 @@ impl Overlay {
         Ok(writes)
     }
 
-    fn sync_data(&self) -> Result<(), OverlayError> {
+    pub(super) fn sync_data(&self) -> Result<(), OverlayError> {
         self.data.sync().map_err(|error| Action::Sync.failed(&self.place.shown(DATA_NAME), error))
-    }
-
-    /// Puts a new journal in the place of the old one; false if the new one could not be written, and nothing changed.
-    fn compact(&self, journal: &mut Journal) -> Result<bool, OverlayError> {
-        let before = journal.bytes();
-        let written = journal.write_next(&self.place, &self.map);
-        let mut new = match written {
-            Ok(new) => new,
-            Err(error) => return Ok(self.give_up(&error)),
-        };
-        self.sync_data()?;
-        if let Err(error) = new.sync() {
-            return Ok(self.give_up(&error));
-        }
-        new.install(&self.place)?;
-        tracing::debug!(overlay = %self.place.shown("").display(), before, after = new.bytes(), "compacted the journal");
-        *journal = new;
-        Ok(true)
-    }
-
-    /// Leaves a new journal that could not be written; the old one is as it was.
-    fn give_up(&self, error: &OverlayError) -> bool {
-        tracing::warn!(overlay = %self.place.shown("").display(), %error, "cannot compact the journal now");
-        // Where even that fails, the next compaction or opener removes it.
-        let _ = self.place.folder.remove(&self.place.file(journal::NEW_NAME));
-        false
     }
 }

@@ -17,6 +17,10 @@ pub(super) const NEW_NAME: &str = "journal.new";
 pub(super) const COMPACT_MIN: u64 = 4 << 20;
 /// It is compacted when it is this many times as long as the present states need.
 const COMPACT_FACTOR: u64 = 4;
+/// A flush compacts by itself, and keeps its caller waiting, only if nobody did when the journal is so much longer.
+const MUST_COMPACT_FACTOR: u64 = 4;
+/// So many records may come while a new journal is written; with more it is given up.
+const CARRY_MAX: usize = 1 << 20;
 /// So much room is kept behind the last batch, so that a flush finds space and changes no file length.
 const RESERVE_LOW: u64 = 64 << 10;
 const RESERVE_STEP: usize = 256 << 10;
@@ -42,6 +46,30 @@ pub(super) struct Journal {
     torn: bool,
     compact_min: u64,
     compact_at: u64,
+    /// What was appended since [`Journal::begin_next`].
+    carry: Option<Carry>,
+}
+
+#[derive(Debug, Default)]
+struct Carry {
+    records: Vec<Record>,
+    overflow: bool,
+}
+
+/// A journal that is to be written beside the present one.
+#[derive(Debug)]
+pub(super) struct Next {
+    header: Header,
+    compact_min: u64,
+}
+
+impl Next {
+    /// Writes it, durably, under the name that nobody reads, with the states that `map` holds now.
+    pub(super) fn write(self, place: &Place, map: &GrainMap) -> Result<Journal, OverlayError> {
+        let mut journal = Journal::write_new(place, self.header, map, self.compact_min)?;
+        journal.sync()?;
+        Ok(journal)
+    }
 }
 
 impl Journal {
@@ -50,8 +78,30 @@ impl Journal {
         self.tail
     }
 
-    pub(super) fn wants_compaction(&self) -> bool {
-        self.tail >= self.compact_at
+    /// Whether the next flush has to compact.
+    pub(super) fn must_compact(&self) -> bool {
+        self.carry.is_none() && self.tail >= self.compact_at.saturating_mul(MUST_COMPACT_FACTOR)
+    }
+
+    /// Begins a compaction beside the flushes if the journal is long and none is under way: from now on what they
+    /// append is kept for [`Journal::end_next`].
+    pub(super) fn begin_next(&mut self) -> Option<Next> {
+        if self.carry.is_some() || self.tail < self.compact_at {
+            return None;
+        }
+        self.carry = Some(Carry::default());
+        Some(self.next())
+    }
+
+    fn next(&self) -> Next {
+        let generation = self.header.generation.saturating_add(1);
+        let header = Header { generation, identity: self.header.identity.clone() };
+        Next { header, compact_min: self.compact_min }
+    }
+
+    /// What was appended since [`Journal::begin_next`], in order; `None` if that was too much.
+    pub(super) fn end_next(&mut self) -> Option<Vec<Record>> {
+        self.carry.take().filter(|carry| !carry.overflow).map(|carry| carry.records)
     }
 
     /// Puts off the next attempt after one that failed.
@@ -95,6 +145,7 @@ impl Journal {
             torn: false,
             compact_min,
             compact_at: compact_min,
+            carry: None,
         };
         let mut records = Vec::new();
         let mut runs = map.runs(0..map.grains()).flat_map(|(range, state)| split(range.start, range.end, state));
@@ -111,11 +162,10 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Writes the journal that is to take this one's place, see [`Journal::write_new`].
+    /// Writes the journal that is to take this one's place while nobody appends. Not durable yet.
     pub(super) fn write_next(&self, place: &Place, map: &GrainMap) -> Result<Journal, OverlayError> {
-        let generation = self.header.generation.saturating_add(1);
-        let header = Header { generation, identity: self.header.identity.clone() };
-        Journal::write_new(place, header, map, self.compact_min)
+        let next = self.next();
+        Journal::write_new(place, next.header, map, next.compact_min)
     }
 
     /// Gives a new journal, which is synced, the name it is looked for under. After an error nobody knows which of
@@ -156,6 +206,14 @@ impl Journal {
                 (self.tail, self.next_sequence, self.previous) = before;
                 self.torn = true;
                 return Err(error);
+            }
+        }
+        if let Some(carry) = &mut self.carry {
+            carry.overflow |= carry.records.len() + records.len() > CARRY_MAX;
+            if carry.overflow {
+                carry.records = Vec::new();
+            } else {
+                carry.records.extend_from_slice(records);
             }
         }
         Ok(())
@@ -200,7 +258,10 @@ impl Journal {
         let path = place.shown(NAME);
         let file = match place.folder.open_exclusive(&place.file(NAME)) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(place.missing()),
+            // `data` has its name only once the journal had its own.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(OverlayError::Damaged { path, offset: 0, damage: Damage::Missing });
+            }
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Err(place.busy()),
             Err(error) => return Err(Action::Open.failed(&path, error)),
         };
@@ -235,6 +296,7 @@ impl Journal {
             torn,
             compact_min,
             compact_at,
+            carry: None,
         };
         if torn {
             tracing::warn!(journal = %path.display(), offset = tail, length = end - tail,

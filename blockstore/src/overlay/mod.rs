@@ -17,11 +17,12 @@ mod map;
 mod ranges;
 mod read;
 mod recent;
+mod upkeep;
 mod write;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use crate::base::Base;
@@ -35,8 +36,11 @@ use recent::Recent;
 
 pub use error::{Action, Damage, OverlayError, OverlayIdentity};
 pub use read::ChangedExtent;
+pub use upkeep::{Room, Space};
 
 const DATA_NAME: &str = "data";
+/// Its name until the overlay is complete.
+const DATA_NEW_NAME: &str = "data.new";
 
 /// What an overlay takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,11 +73,13 @@ pub struct Overlay {
     commits: Mutex<Commits>,
     committed: Condvar,
     poisoned: AtomicBool,
+    /// The [`Room`] of the last look, to warn once.
+    room: AtomicU8,
 }
 
 impl Overlay {
     /// Makes an empty overlay in `dir`: the files `data` and `journal`. Durable when it returns. What a crash left of
-    /// an earlier call is taken over; an existing overlay is refused, and so is one whose journal is missing.
+    /// an earlier call is taken over; an existing overlay is refused, and so is one that has lost a file.
     pub fn create(
         folder: Arc<dyn Folder>,
         dir: &Path,
@@ -85,38 +91,47 @@ impl Overlay {
         if !format::fits(&identity) {
             return Err(OverlayError::Limits);
         }
-        // 1. `data`, locked, of its full length, synced.
+        // 1. `data.new`, locked, of its full length, synced.
         place.folder.create_dir(dir).map_err(|error| Action::Create.failed(&place.shown(""), error))?;
         if let Some(parent) = dir.parent() {
             // It may have been made by a process that was killed before this.
             place.folder.sync_dir(parent).map_err(|error| Action::Sync.failed(&place.shown(""), error))?;
         }
         place.refuse_existing()?;
-        match place.folder.create(&place.file(DATA_NAME)) {
+        match place.folder.create(&place.file(DATA_NEW_NAME)) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(Action::Create.failed(&place.shown(DATA_NAME), error));
+                return Err(Action::Create.failed(&place.shown(DATA_NEW_NAME), error));
             }
             _ => {}
         }
-        let data = place.lock_data()?;
-        place.refuse_existing()?; // now nobody else can make one
-        let size = identity.size;
-        let path = place.shown(DATA_NAME);
-        // A create that crashed left no content: this is an overlay that lost its journal, for a person to look at.
-        if data.has_content().map_err(|error| Action::Read.failed(&path, error))? {
-            let path = place.shown(journal::NAME);
-            return Err(OverlayError::Damaged { path, offset: 0, damage: Damage::Missing });
+        let path = place.shown(DATA_NEW_NAME);
+        let data = match place.folder.open_exclusive(&place.file(DATA_NEW_NAME)) {
+            Ok(data) => data,
+            // Somebody else creates it, or has just finished.
+            Err(error) if matches!(error.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::NotFound) => {
+                return Err(place.busy());
+            }
+            Err(error) => return Err(Action::Open.failed(&path, error)),
+        };
+        if let Err(error) = place.refuse_existing() {
+            let _ = place.folder.remove(&place.file(DATA_NEW_NAME)); // ours, since who finished has renamed his
+            return Err(error);
         }
+        let size = identity.size;
         let sized = data.set_len(0).and_then(|()| data.set_len(size));
         sized.map_err(|error| Action::Write.failed(&path, error))?;
         data.sync().map_err(|error| Action::Sync.failed(&path, error))?;
         // 2. Its name, before any journal can exist.
         place.sync()?;
-        // 3, 4. The journal, complete before it has its name.
+        // 3, 4. The journal, complete before it has its name; in the place of one that an earlier call left.
         let map = GrainMap::new(size.div_ceil(GRAIN));
         let mut journal = Journal::write_new(&place, Header { generation: 1, identity }, &map, journal::COMPACT_MIN)?;
         journal.sync()?;
         journal.install(&place)?;
+        // 5. `data` gets its name last: where it stands, there was a journal.
+        let renamed = place.folder.rename(&place.file(DATA_NEW_NAME), &place.file(DATA_NAME));
+        renamed.map_err(|error| Action::Rename.failed(&path, error))?;
+        place.sync()?;
         let recent = place.folder.boot_id().map(|boot| Recent::create(&place, boot)).transpose()?;
         let mut overlay = Overlay::assemble(place, base, data, map, journal, recent, Dirty::default());
         *overlay.writes.get_mut() = 0; // all of it is synced
@@ -193,6 +208,7 @@ impl Overlay {
             commits: Mutex::default(),
             committed: Condvar::new(),
             poisoned: AtomicBool::new(false),
+            room: AtomicU8::new(0),
         }
     }
 
@@ -275,16 +291,23 @@ impl Place {
         OverlayError::Missing { dir: self.shown("") }
     }
 
-    fn has_journal(&self) -> Result<bool, OverlayError> {
-        match self.folder.open_read(&self.file(journal::NAME)) {
+    fn has(&self, name: &str) -> Result<bool, OverlayError> {
+        match self.folder.open_read(&self.file(name)) {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(Action::Open.failed(&self.shown(journal::NAME), error)),
+            Err(error) => Err(Action::Open.failed(&self.shown(name), error)),
         }
     }
 
+    /// Refuses a folder with an overlay, or with what is left of one. A creation that was cut off is neither.
     fn refuse_existing(&self) -> Result<(), OverlayError> {
-        if self.has_journal()? { Err(OverlayError::Exists { dir: self.shown("") }) } else { Ok(()) }
+        let lost = |name| OverlayError::Damaged { path: self.shown(name), offset: 0, damage: Damage::Missing };
+        match (self.has(DATA_NAME)?, self.has(journal::NAME)?) {
+            (true, true) => Err(OverlayError::Exists { dir: self.shown("") }),
+            (true, false) => Err(lost(journal::NAME)),
+            (false, true) if !self.has(DATA_NEW_NAME)? => Err(lost(DATA_NAME)),
+            (false, _) => Ok(()),
+        }
     }
 
     fn lock_data(&self) -> Result<Arc<dyn Disk>, OverlayError> {
@@ -292,10 +315,7 @@ impl Place {
             Ok(data) => Ok(data),
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(self.busy()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if self.has_journal()? {
-                    let path = self.shown(DATA_NAME);
-                    return Err(OverlayError::Damaged { path, offset: 0, damage: Damage::Missing });
-                }
+                self.refuse_existing()?;
                 Err(self.missing())
             }
             Err(error) => Err(Action::Open.failed(&self.shown(DATA_NAME), error)),

@@ -41,7 +41,7 @@ impl Overlay {
     /// `None` if not; nothing is written then.
     pub fn write_resident(&self, offset: u64, data: &[u8]) -> Option<Result<(), OverlayError>> {
         let end = offset.checked_add(data.len() as u64).filter(|end| *end <= self.size)?;
-        let aligned = offset % GRAIN == 0 && (end % GRAIN == 0 || end == self.size);
+        let aligned = offset.is_multiple_of(GRAIN) && (end.is_multiple_of(GRAIN) || end == self.size);
         if data.is_empty() || !aligned || self.is_poisoned() || self.wants_relief() {
             return None;
         }

@@ -97,7 +97,7 @@ fn run(folder: &SimFolder, compact_min: u64, promise: &mut Promise, seed: u64, s
         };
         let length = [700, 4096, 512, 9000, 20_000][usize::try_from(numbers.below(5)).unwrap()].min(DISK - offset);
         let byte = u8::try_from(1 + (seed + step) % 250).unwrap();
-        match numbers.below(9) {
+        match numbers.below(10) {
             0 | 1 => {
                 overlay.flush()?;
                 promise.has_flushed();
@@ -116,6 +116,21 @@ fn run(folder: &SimFolder, compact_min: u64, promise: &mut Promise, seed: u64, s
                 let mut found = Vec::new();
                 overlay.read(0, DISK, &mut found)?;
                 assert!(flatten(&found) == promise.now, "seed {seed}: an acknowledged write went with the process");
+            }
+            // A compaction, with a flush, and a trim that is not flushed, while the new journal is written.
+            5 => {
+                let next = overlay.begin_compaction();
+                let data = vec![byte; usize::try_from(length).unwrap()];
+                promise.will_write(offset, &data);
+                overlay.write(offset, &data)?;
+                promise.has_written();
+                let written = next.map(|next| next.write(&overlay.place, &overlay.map));
+                overlay.flush()?;
+                promise.has_flushed();
+                promise.will_write(0, &[0; 9000]);
+                overlay.trim(0, 9000)?;
+                promise.has_written();
+                written.map_or(Ok(()), |written| overlay.finish_compaction(written))?;
             }
             _ => {
                 let data = vec![byte; usize::try_from(length).unwrap()];

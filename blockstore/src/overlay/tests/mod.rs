@@ -297,28 +297,89 @@ fn a_tebibyte_discarded_and_a_million_extents_stay_small_and_open_fast() {
 }
 
 #[test]
-fn data_without_its_journal_is_neither_overwritten_nor_taken_for_a_crashed_create() {
-    let folder = SimFolder::new(1);
-    let overlay = create(&folder, SIZE).unwrap();
-    overlay.write(4096, &[7; 4096]).unwrap();
-    overlay.flush().unwrap();
-    drop(overlay);
-    folder.remove(&dir().join("journal")).unwrap();
-    let refused = create(&folder, SIZE).expect_err("the guest's data stands there");
-    match &refused {
-        OverlayError::Damaged { path, damage: Damage::Missing, .. } => assert!(path.ends_with("journal")),
-        other => panic!("{other}"),
+fn an_overlay_that_lost_a_file_is_refused_whatever_it_holds() {
+    for (lost, written) in [("journal", true), ("journal", false), ("data", true)] {
+        let folder = SimFolder::new(1);
+        let overlay = create(&folder, SIZE).unwrap();
+        if written {
+            overlay.write(4096, &[7; 4096]).unwrap();
+        }
+        overlay.flush().unwrap();
+        drop(overlay);
+        folder.remove(&dir().join(lost)).unwrap();
+        for refused in [create(&folder, SIZE), open(&folder, SIZE)] {
+            match refused.expect_err("the guest's data may stand there") {
+                OverlayError::Damaged { path, damage: Damage::Missing, .. } => assert!(path.ends_with(lost)),
+                other => panic!("{other}"),
+            }
+        }
+        if lost == "journal" && written {
+            let mut bytes = [0; 4096];
+            folder.open_read(&dir().join("data")).unwrap().read_at(4096, &mut bytes).unwrap();
+            assert_eq!(bytes, [7; 4096], "untouched");
+        }
     }
-    let mut bytes = [0; 4096];
-    folder.open_read(&dir().join("data")).unwrap().read_at(4096, &mut bytes).unwrap();
-    assert_eq!(bytes, [7; 4096], "untouched");
 }
 
 #[test]
 fn what_a_crashed_create_left_is_taken_over() {
     let folder = SimFolder::new(1);
     folder.create_dir(dir()).unwrap();
-    folder.create(&dir().join("data")).unwrap().set_len(SIZE / 2).unwrap();
+    folder.create(&dir().join("data.new")).unwrap().set_len(SIZE / 2).unwrap();
+    folder.create(&dir().join("journal")).unwrap().write_at(0, b"of another overlay").unwrap();
+    assert!(matches!(open(&folder, SIZE), Err(OverlayError::Missing { .. })));
     let overlay = create(&folder, SIZE).unwrap();
     overlay.write(0, &[7; 4096]).unwrap();
+    overlay.flush().unwrap();
+    drop(overlay);
+    assert_eq!(read(&open(&folder, SIZE).unwrap(), 0, 4096), [7; 4096]);
+}
+
+#[test]
+fn a_long_journal_is_compacted_beside_the_flushes_and_keeps_what_they_append() {
+    let folder = SimFolder::new(1);
+    let overlay = create(&folder, SIZE).unwrap();
+    overlay.journal.lock().unwrap().set_compact_min(20_000);
+    for round in 0..40u8 {
+        overlay.write(u64::from(round) * 4096, &[round; 4096]).unwrap();
+        overlay.flush().unwrap();
+    }
+    let long = overlay.usage().journal_bytes;
+    let generation = || overlay.journal.lock().unwrap().header().generation;
+    assert!(long > 20_000 && generation() == 1, "flushes leave it to others for a while");
+    let next = overlay.begin_compaction().expect("it is long");
+    assert!(overlay.begin_compaction().is_none(), "one at a time");
+    overlay.maintain().unwrap();
+    let written = next.write(&overlay.place, &overlay.map);
+    overlay.write(50 * 4096, &[50; 4096]).unwrap();
+    overlay.trim(0, 4096).unwrap();
+    overlay.flush().unwrap();
+    overlay.finish_compaction(written).unwrap();
+    assert_eq!(generation(), 2);
+    assert!(overlay.usage().journal_bytes < long / 3);
+    let overlay = open(&folder.after_crash(), SIZE).unwrap();
+    assert_eq!(read(&overlay, 50 * 4096, 4096), [50; 4096]);
+    assert_eq!(read(&overlay, 39 * 4096, 4096), [39; 4096]);
+    assert_eq!(read(&overlay, 0, 4096), [0; 4096]);
+}
+
+#[test]
+fn a_resident_write_takes_whole_grains_that_nobody_else_is_at() {
+    let folder = SimFolder::new(1);
+    let overlay = create(&folder, SIZE).unwrap();
+    let refused = [(1, 4096), (0, 100), (4096, 0), (0, 5000), (SIZE - 1000, 999), (SIZE, 4096), (u64::MAX, 2)];
+    for (offset, length) in refused {
+        assert!(overlay.write_resident(offset, &vec![1; length]).is_none(), "{offset} {length}");
+    }
+    let turn = overlay.ranges.lock(3..4);
+    assert!(overlay.write_resident(2 * 4096, &[1; 8192]).is_none());
+    drop(turn);
+    overlay.write_resident(2 * 4096, &[1; 8192]).unwrap().unwrap();
+    overlay.write_resident(SIZE - 1000, &[2; 1000]).unwrap().unwrap();
+    overlay.flush().unwrap();
+    drop(overlay);
+    let overlay = open(&folder.after_crash(), SIZE).unwrap();
+    assert_eq!(read(&overlay, 2 * 4096, 8192), [1; 8192]);
+    assert_eq!(read(&overlay, SIZE - 1000, 1000), [2; 1000]);
+    assert_eq!(overlay.usage().data_grains, 3);
 }
