@@ -1,7 +1,7 @@
 //! [`Backup`]: captures disks into a new recovery point.
 //!
-//! Durable writes, in this order (docs/format/repository.md): packs, index runs, the point, and only then the merge of
-//! small runs. Before the point a sample of every disk is compared with its source. A backup that fails or is dropped leaves at most packs and runs that no point needs.
+//! Durable writes, in this order (docs/format/repository.md): packs, index runs, the point. Index runs of
+//! earlier backups are merged meanwhile. Before the point a sample of every disk is compared with its source. A backup that fails or is dropped leaves at most packs and runs that no point needs.
 
 mod compare;
 mod pipeline;
@@ -22,6 +22,7 @@ use tracing::{error, info, warn};
 
 use crate::error::ReadError;
 use crate::format::FormatError;
+use crate::index::Merger;
 use crate::keys::random;
 use crate::lease::{Lease, LeaseError, LeaseKind};
 use crate::manifest::Shape;
@@ -179,6 +180,8 @@ pub struct Backup<'s> {
     disks: Vec<PointedDisk>,
     captured: Vec<Captured<'s>>,
     stats: PointStats,
+    /// Merges index runs as long as the backup runs.
+    _merger: Merger,
     began: Instant,
     time_unix_ns: u64,
     lease: Lease,
@@ -215,6 +218,7 @@ impl<'s> Backup<'s> {
         let shared = Arc::new(shared.map_err(|source| BackupError::write("packs".to_owned(), source))?);
         let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Ok(Backup {
+            _merger: Merger::start(read.fetcher.index.clone()),
             read,
             writer: Some(Writer::new(shared.clone())?),
             shared,
@@ -286,7 +290,7 @@ impl<'s> Backup<'s> {
 
     /// Makes everything durable, compares a sample of it with the sources, and writes the recovery point.
     ///
-    /// Order: (1) packs, (2) index runs, (3) the compare, (4) the point, (5) merged runs. A point before 1 or 2 could
+    /// Order: (1) packs, (2) index runs, (3) the compare, (4) the point. A point before 1 or 2 could
     /// survive a power cut that takes what it names; before 3 it could be one that does not hold what the source does.
     /// The lease must count before 4 and after it: else what the point names may have been collected, and it is deleted.
     pub fn seal(mut self, details: PointDetails) -> Result<RecoveryPoint, BackupError> {
@@ -323,9 +327,6 @@ impl<'s> Backup<'s> {
             return Err(error.into());
         }
         info!(machine = self.machine, point = %point.id, stored = self.stats.stored_bytes, "recovery point written");
-        if let Err(error) = fetcher.index.merge_small() {
-            warn!(%error, "index runs not merged, the next backup will try again");
-        }
         Ok(point)
     }
 }

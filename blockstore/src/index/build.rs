@@ -7,7 +7,7 @@ use crate::format::run::{Entry, MAX_PACKS, PackRow, encode};
 use crate::id::{PackId, RepositoryId};
 
 /// Writers end a run at this many entries.
-pub(crate) const TARGET_ENTRIES: usize = 1 << 20;
+pub(crate) const TARGET_ENTRIES: usize = if cfg!(test) { 1 << 11 } else { 1 << 20 };
 
 /// Entries of a run to be, in any order.
 #[derive(Debug, Default)]

@@ -4,6 +4,7 @@
 //! and repairing put a new set in its place.
 
 pub(crate) mod build;
+mod layers;
 mod merge;
 mod repair;
 pub(crate) mod run;
@@ -22,6 +23,8 @@ use crate::format::run::PackRow;
 use crate::id::{ChunkId, PackId, RepositoryId, RunId};
 use crate::storage::{Object, ObjectKind, Storage};
 use build::RunBuilder;
+use layers::Layers;
+pub(crate) use merge::Merger;
 use run::{Location, Run, put_run};
 
 /// How often a listing that changes under our eyes is taken again.
@@ -34,6 +37,8 @@ pub(crate) struct Index {
     repository: RepositoryId,
     set: RwLock<Arc<Set>>,
     repair: Mutex<repair::Repair>,
+    /// Held by whoever merges.
+    merging: Mutex<()>,
     set_aside: Mutex<Vec<SetAside>>,
 }
 
@@ -51,6 +56,8 @@ pub(crate) struct SetAside {
 #[derive(Debug, Default)]
 pub(crate) struct Set {
     runs: Vec<Arc<Run>>,
+    /// The same, for lookups.
+    layers: Layers,
     /// Grows with every change.
     generation: u64,
 }
@@ -69,6 +76,7 @@ impl Index {
             repository,
             set: RwLock::default(),
             repair: Mutex::default(),
+            merging: Mutex::default(),
             set_aside: Mutex::default(),
         };
         let loaded = index.load()?;
@@ -114,7 +122,7 @@ impl Index {
         let mut set = self.set.write().unwrap_or_else(PoisonError::into_inner);
         let mut runs = set.runs.clone();
         with(&mut runs);
-        *set = Arc::new(Set { runs, generation: set.generation + 1 });
+        *set = Arc::new(Set { layers: Layers::of(&runs), runs, generation: set.generation + 1 });
     }
 
     /// Which set lookups see now; [`Index::repair`] wants the one a failed lookup used.
@@ -125,19 +133,19 @@ impl Index {
     /// Whether a chunk or node is stored.
     pub fn contains(&self, id: &ChunkId) -> bool {
         let set = self.set.read().unwrap_or_else(PoisonError::into_inner);
-        set.runs.iter().any(|run| run.contains(id))
+        set.layers.holding(id).any(|run| run.contains(id))
     }
 
     /// Where a chunk or node is said to be.
     pub fn first(&self, id: &ChunkId) -> Option<Location> {
         let set = self.set.read().unwrap_or_else(PoisonError::into_inner);
-        set.runs.iter().find_map(|run| run.first(id))
+        set.layers.holding(id).find_map(|run| run.first(id))
     }
 
     /// Everywhere a chunk or node is said to be.
     pub fn locate(&self, id: &ChunkId) -> Vec<Location> {
         let mut locations = Vec::new();
-        self.current().runs.iter().for_each(|run| run.locate(id, &mut locations));
+        self.current().layers.holding(id).for_each(|run| run.locate(id, &mut locations));
         locations
     }
 

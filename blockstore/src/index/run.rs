@@ -73,6 +73,11 @@ impl Run {
         &self.bytes
     }
 
+    /// The least and the greatest id; none if there is no entry.
+    pub fn span(&self) -> Option<(ChunkId, ChunkId)> {
+        self.span
+    }
+
     /// Number of entries.
     pub fn entry_count(&self) -> u64 {
         self.layout.entries
@@ -100,14 +105,18 @@ impl Run {
 
     /// Appends the locations of an id. Entries with impossible numbers are left out.
     pub fn locate(&self, id: &ChunkId, out: &mut Vec<Location>) {
+        out.extend(self.locations(id));
+    }
+
+    /// The locations of an id.
+    pub fn locations(&self, id: &ChunkId) -> impl Iterator<Item = Location> {
         let found = self.entries().get(self.range(id)).unwrap_or_default();
-        out.extend(found.iter().filter_map(|raw| self.location(raw)));
+        found.iter().filter_map(|raw| self.location(raw))
     }
 
     /// The first location of an id.
     pub fn first(&self, id: &ChunkId) -> Option<Location> {
-        let found = self.entries().get(self.range(id)).unwrap_or_default();
-        found.iter().find_map(|raw| self.location(raw))
+        self.locations(id).next()
     }
 
     /// What an entry of this run says.

@@ -19,13 +19,13 @@ fn second_disk() -> Vec<u8> {
     disk
 }
 
-/// A repository with nine points, so that the next backup merges its index runs.
+/// A repository with so many points that the next backup merges its index runs.
 fn prepared(seed: u64) -> (SimFolder, RecoveryPoint) {
     let folder = SimFolder::new(seed);
     let repository = new_repository(&folder);
     let (point, _) = back_up(&repository, &first_disk(), None).expect("backs up");
-    for n in 0..7 {
-        back_up(&repository, &mixed_disk(100 + n, 3 * CHUNK as usize), None).expect("backs up");
+    for n in 0..8 {
+        back_up(&repository, &mixed_disk(100 + n, 30 * CHUNK as usize), None).expect("backs up");
     }
     (folder.after_crash(), point)
 }
@@ -68,7 +68,7 @@ fn a_crash_at_every_operation_of_a_backup_loses_no_point_and_invents_none() {
         second_backup(&rehearsal, &earlier).expect("without a crash it succeeds");
         let operations = rehearsal.operations();
         let runs = open_repository(&rehearsal).stats().expect("counts").index_runs;
-        assert_eq!(runs, 1, "the workload must merge index runs, too");
+        assert_eq!(runs, 2, "the workload must merge index runs, too");
         assert!(operations > 40, "two packs, two runs, a point and nine deletions: {operations}");
         for cut in 0..=operations {
             let folder = ready.after_crash_with(seed).crash_at(cut);
