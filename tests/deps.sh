@@ -34,6 +34,14 @@ grub-efi-amd64-bin  /usr/lib/grub/x86_64-efi/moddep.lst
 e2fsprogs           mke2fs
 e2fsprogs           debugfs
 attr                setfattr
+ntfs-3g             mkntfs
+exfatprogs          mkfs.exfat
+exfat-fuse          mount.exfat-fuse
+genisoimage         genisoimage
+xorriso             xorriso
+xfsprogs            mkfs.xfs
+btrfs-progs         mkfs.btrfs
+procps              pgrep
 fdisk               sfdisk
 dosfstools          mkfs.vfat
 mtools              mcopy

@@ -50,6 +50,15 @@ impl Runs {
         Ok(())
     }
 
+    /// Without what lies behind byte `end`, which then reads as zeroes.
+    pub(crate) fn cut(mut self, end: u64) -> Runs {
+        self.0.retain_mut(|run| {
+            run.length = run.length.min(end.saturating_sub(run.start));
+            run.length > 0
+        });
+        self
+    }
+
     /// The file of `size` bytes that these runs are.
     pub(crate) fn over(self, disk: SharedDisk, size: u64) -> Mapped {
         Mapped { disk, runs: self.0, size }

@@ -5,8 +5,11 @@
 //! read at once; where something lies is looked up again each time, through a block cache ([`crate::Cached`]).
 
 mod error;
+mod exfat;
 mod ext;
 mod fat;
+mod iso;
+mod ntfs;
 #[cfg(test)]
 pub(crate) mod test_support;
 mod time;
@@ -182,6 +185,9 @@ pub fn open(kind: Kind, volume: SharedDisk) -> Result<Box<dyn FileSystem>, FsErr
     match kind {
         Kind::Ext => Ok(Box::new(ext::Ext::open(volume)?)),
         Kind::Fat => Ok(Box::new(fat::Fat::open(volume)?)),
+        Kind::ExFat => Ok(Box::new(exfat::ExFat::open(volume)?)),
+        Kind::Ntfs => Ok(Box::new(ntfs::Ntfs::open(volume)?)),
+        Kind::Iso => Ok(Box::new(iso::Iso::open(volume)?)),
         other => Err(FsError::Unsupported { object: format!("a volume with {other}"), reason: other.why_not() }),
     }
 }

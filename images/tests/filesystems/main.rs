@@ -3,4 +3,6 @@
 
 mod ext;
 mod fat;
+mod iso;
 mod support;
+mod windows;
