@@ -1,9 +1,11 @@
 //! Secrets, the master key, and the keys derived from it. Specification: docs/format/keys.md
 
 use std::fmt;
+use std::sync::Arc;
 
 use aes_gcm::aead::inout::InOutBuf;
 use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit};
+use quick_cache::sync::Cache;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::format::FormatError;
@@ -19,6 +21,9 @@ const PLAIN_NODE_CONTEXT: &str = "lifeboat 1 plain node id";
 const KEY_FILE_CONTEXT: &str = "lifeboat 1 key file";
 const WRAP_CONTEXT: &str = "lifeboat 1 key slot wrap";
 const CHECK_CONTEXT: &str = "lifeboat 1 key slot check";
+
+/// Ciphers of packs that are kept, each about 1 KiB: 32 GiB of packs that are read all over.
+const OPENING: usize = 512;
 
 /// Shortest key file.
 pub const MIN_KEY_FILE_LEN: usize = 32;
@@ -201,6 +206,8 @@ struct DerivedKeys {
     node: [u8; 32],
     pack: [u8; 32],
     point: [u8; 32],
+    /// Ciphers of packs that were read, by salt: expanding a key takes longer than opening a short frame.
+    opening: Cache<[u8; 32], Arc<Cipher>>,
 }
 
 impl Drop for DerivedKeys {
@@ -234,6 +241,7 @@ impl Keyring {
                 node: derive(NODE_CONTEXT),
                 pack: derive(PACK_CONTEXT),
                 point: derive(POINT_CONTEXT),
+                opening: Cache::new(OPENING),
             }),
         }
     }
@@ -260,6 +268,17 @@ impl Keyring {
         };
         hasher.update(&[level]).update(node);
         ChunkId(*hasher.finalize().as_bytes())
+    }
+
+    /// The cipher of a pack that is read, if frames are sealed; kept for the next read.
+    pub fn opening_cipher(&self, salt: &[u8; 32]) -> Option<Arc<Cipher>> {
+        let keys = self.keys.as_ref()?;
+        if let Some(cipher) = keys.opening.get(salt) {
+            return Some(cipher);
+        }
+        let cipher = Arc::new(self.pack_cipher(salt)?);
+        keys.opening.insert(*salt, Arc::clone(&cipher));
+        Some(cipher)
     }
 
     /// The cipher of a pack's frames, if frames are sealed.

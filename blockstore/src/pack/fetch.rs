@@ -138,7 +138,7 @@ impl Fetcher {
         let Some((_, first)) = group.first() else { return Ok(Vec::new()) };
         let object = Object::Pack(first.pack.pack);
         let total: usize = group.iter().map(|(_, at)| at.entry.stored_len as usize).sum();
-        let cipher = self.keyring.pack_cipher(&first.pack.salt);
+        let cipher = self.keyring.opening_cipher(&first.pack.salt);
         SCRATCH.with_borrow_mut(|scratch| {
             let Scratch { zstd, stored } = scratch;
             stored.resize(total.max(stored.len()), 0); // grown once; at most a group, or one frame
@@ -152,7 +152,7 @@ impl Fetcher {
                 let cut = (location.entry.stored_len as usize).min(rest.len());
                 let (frame, after) = rest.split_at_mut(cut);
                 rest = after;
-                let opened = self.open_frame(id, location, wanted, cipher.as_ref(), frame, zstd);
+                let opened = self.open_frame(id, location, wanted, cipher.as_deref(), frame, zstd);
                 found.push(opened.map(|bytes| each(at, bytes)));
             }
             Ok(found)
