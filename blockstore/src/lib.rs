@@ -3,7 +3,7 @@
 //!
 //! [`Repository`] makes and opens repositories, [`Backup`] adds recovery points to them, [`PointDisk`] reads their
 //! disks, [`restore()`] writes a disk back in full. The formats are specified in docs/format/.
-#![deny(unsafe_code)] // but for `mapping`
+#![deny(unsafe_code)] // but for `mapping` and `uring`
 
 pub mod backup;
 pub mod base;
@@ -26,6 +26,7 @@ mod repository;
 mod restore;
 pub mod sim;
 pub mod storage;
+mod uring;
 
 pub use backup::{Backup, BackupError, DiskStats, FileSource, PointDetails, Source};
 pub use base::{Base, Extent, Segment};

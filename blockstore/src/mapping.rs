@@ -1,5 +1,5 @@
-//! [`Mapping`]: the bytes of an immutable object, mapped where they are a local file. The only unsafe code of the
-//! store is here.
+//! [`Mapping`]: the bytes of an immutable object, mapped where they are a local file. Unsafe code of the
+//! store is here and in `uring`.
 #![expect(unsafe_code, reason = "mapping a file has no safe form")]
 
 use std::fs::File;

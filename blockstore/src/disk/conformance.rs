@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::path::Path;
 
-use super::Folder;
+use super::{Folder, ReadAt};
 
 /// Runs the whole suite in an empty folder.
 pub(crate) fn check(folder: &dyn Folder) {
@@ -41,6 +41,14 @@ fn disks(folder: &dyn Folder) {
     assert_eq!(disk.read_at(5001, &mut buf).unwrap_err().kind(), ErrorKind::UnexpectedEof);
     assert_eq!(disk.read_at(1 << 40, &mut buf).unwrap_err().kind(), ErrorKind::UnexpectedEof);
     disk.read_at(5005, &mut []).unwrap();
+    let wanted = |offset, length| ReadAt { offset, buffer: vec![1; length] };
+    let mut many = [wanted(5000, 5), wanted(0, 5), wanted(3000, 1000), wanted(5005, 0)];
+    disk.read_many(&mut many).unwrap();
+    assert_eq!((&*many[0].buffer, &*many[1].buffer, &*many[3].buffer), (&b"world"[..], &b"hello"[..], &b""[..]));
+    assert_eq!(many[2].buffer, [0; 1000]);
+    disk.read_many(&mut []).unwrap();
+    let past = disk.read_many(&mut [wanted(0, 5), wanted(5001, 5)]).unwrap_err();
+    assert_eq!(past.kind(), ErrorKind::UnexpectedEof);
 
     // A cut forgets what it cuts off, an extension is a hole.
     disk.set_len(5002).unwrap();

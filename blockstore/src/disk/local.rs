@@ -12,7 +12,8 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
-use super::{DIRECT_ALIGN, Disk, Entry, Folder};
+use super::{DIRECT_ALIGN, Disk, Entry, Folder, ReadAt};
+use crate::uring;
 
 /// Zeroes are written in pieces of this size where a hole cannot be punched.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
@@ -222,6 +223,10 @@ fn check_kind(path: &Path) -> io::Result<Kind> {
 impl Disk for LocalDisk {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
+    }
+
+    fn read_many(&self, reads: &mut [ReadAt]) -> io::Result<()> {
+        uring::read_many(&self.file, reads)
     }
 
     fn read_resident_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {

@@ -16,6 +16,15 @@ use std::sync::Arc;
 /// Where data for [`Disk::write_past_cache`] has to begin, in the file and in memory. No device wants more.
 pub const DIRECT_ALIGN: usize = 4096;
 
+/// One of several reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadAt {
+    /// Where it begins.
+    pub offset: u64,
+    /// Filled to its length.
+    pub buffer: Vec<u8>,
+}
+
 /// One file, or one block device, addressed by byte offset. All methods may be called from several threads.
 pub trait Disk: Send + Sync + Debug {
     /// Fills `buf` from `offset`. Bytes past the end are an [`io::ErrorKind::UnexpectedEof`] error.
@@ -25,6 +34,11 @@ pub trait Disk: Send + Sync + Debug {
     fn read_resident_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
         let _ = (offset, buf);
         Ok(false)
+    }
+
+    /// Fills the buffer of each read; what waits for the device waits together. After an error the buffers hold anything.
+    fn read_many(&self, reads: &mut [ReadAt]) -> io::Result<()> {
+        reads.iter_mut().try_for_each(|read| self.read_at(read.offset, &mut read.buffer))
     }
 
     /// Lets go of what is kept in memory of a range, so that the next read of it comes from the device. A hint.

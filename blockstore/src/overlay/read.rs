@@ -9,6 +9,7 @@ use super::format::GRAIN;
 use super::map::State;
 use super::{DATA_NAME, Overlay};
 use crate::base::{Extent, Segment};
+use crate::disk::ReadAt;
 
 /// A read from the data file that a resident read may do at most.
 const RESIDENT_MAX: u64 = 64 << 10;
@@ -92,29 +93,39 @@ impl Overlay {
     pub fn read(&self, offset: u64, length: u64, out: &mut Vec<Segment>) -> Result<(), OverlayError> {
         self.check_range(offset, length)?;
         let first = out.len();
+        let done = self.read_runs(offset, length, out);
+        if done.is_err() {
+            out.truncate(first);
+        }
+        done
+    }
+
+    fn read_runs(&self, offset: u64, length: u64, out: &mut Vec<Segment>) -> Result<(), OverlayError> {
+        let first = out.len();
+        // The runs of the data file, each where it belongs in `out`; they are read together.
+        let mut places = Vec::new();
+        let mut reads = Vec::new();
         for (offset, length, state) in self.byte_runs(offset, length) {
-            let done = match state {
-                State::Base => self.base.read(offset, length, out).map_err(OverlayError::from),
-                State::Zero => {
-                    push_hole(out, first, length);
-                    Ok(())
+            match state {
+                State::Base => self.base.read(offset, length, out)?,
+                State::Zero => push_hole(out, first, length),
+                State::Data => {
+                    let out_of_range = OverlayError::OutOfRange { offset, length, size: self.size };
+                    let length = usize::try_from(length).map_err(|_| out_of_range)?;
+                    places.push(out.len());
+                    reads.push(ReadAt { offset, buffer: vec![0; length] });
+                    out.push(Segment::Data(Bytes::new()));
                 }
-                State::Data => self.read_data(offset, length).map(|bytes| out.push(Segment::Data(bytes))),
-            };
-            if let Err(error) = done {
-                out.truncate(first);
-                return Err(error);
+            }
+        }
+        let read = self.data.read_many(&mut reads);
+        read.map_err(|error| Action::Read.failed(&self.place.shown(DATA_NAME), error))?;
+        for (place, read) in places.into_iter().zip(reads) {
+            if let Some(segment) = out.get_mut(place) {
+                *segment = Segment::Data(read.buffer.into());
             }
         }
         Ok(())
-    }
-
-    fn read_data(&self, offset: u64, length: u64) -> Result<Bytes, OverlayError> {
-        let out_of_range = OverlayError::OutOfRange { offset, length, size: self.size };
-        let mut bytes = BytesMut::zeroed(usize::try_from(length).map_err(|_| out_of_range)?);
-        let read = self.data.read_at(offset, &mut bytes);
-        read.map_err(|error| Action::Read.failed(&self.place.shown(DATA_NAME), error))?;
-        Ok(bytes.freeze())
     }
 
     /// What a range holds: consecutive extents from `offset`, at most `limit` (at least one), neighbours different.
