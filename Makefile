@@ -38,8 +38,12 @@ bench: build guests ## measure the promises side by side with other tools
 	LIFEBOAT_BIN=$(TARGET)/release/lifeboat LIFEBOAT_GUESTS=$(GUESTS) tests/bench.sh
 
 .PHONY: nightly
-nightly: deps guests ## every test, the long ones too, with more rounds
+nightly: deps guests ## every test, the long ones too, with more rounds, then ten minutes of fuzzing for each target
 	LIFEBOAT_NIGHTLY=1 tests/run.sh --include-ignored
+
+.PHONY: fuzz
+fuzz: deps ## fuzz all that reads untrusted bytes, FUZZ_SECONDS (600) for each target
+	tests/fuzz/run.sh
 
 .PHONY: build
 build: deps ## build target/release/lifeboat

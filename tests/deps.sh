@@ -12,6 +12,7 @@ die() { say "$*"; exit 1; }
 # One line for each thing: the package, then what proves that it is there: a command, a file, or a Python module.
 WANTED='
 gcc                 gcc
+g++                 g++
 libc6-dev           /usr/include/stdio.h
 pkg-config          pkg-config
 qemu-system-x86     qemu-system-x86_64

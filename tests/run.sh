@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds everything and runs every test; arguments go to the test programs. The last line is the sum over all of them.
+# Builds everything, runs every test, and fuzzes each target for a moment (ten minutes under LIFEBOAT_NIGHTLY); arguments
+# go to the test programs. The last line is the sum over all of them.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
@@ -16,6 +17,10 @@ export LIFEBOAT_ACCEL=${LIFEBOAT_ACCEL:-tcg}
 cargo build --workspace --all-targets || exit 1
 cargo test --workspace --no-fail-fast -- "$@" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
+if [ -n "${LIFEBOAT_NIGHTLY:-}" ]; then seconds=600; else seconds=2; fi
+FUZZ_SECONDS=${FUZZ_SECONDS:-$seconds} tests/fuzz/run.sh 2>&1 | tee -a "$log"
+fuzzed=${PIPESTATUS[0]}
+if [ "$status" -eq 0 ]; then status=$fuzzed; fi
 
 awk '
     /^test result: / { for (i = 2; i <= NF; i++) {

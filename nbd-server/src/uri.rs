@@ -144,11 +144,10 @@ impl fmt::Display for NbdUri {
         match &self.endpoint {
             Endpoint::Tcp { host, port } => {
                 f.write_str(if self.tls.is_some() { "nbds://" } else { "nbd://" })?;
-                if host.contains(':') {
-                    write!(f, "[{host}]:{port}/")?;
-                } else {
-                    write!(f, "{host}:{port}/")?;
-                }
+                let (open, close) = if host.contains(':') { ("[", "]") } else { ("", "") };
+                f.write_str(open)?;
+                escape(f, host.as_bytes(), HOST_SAFE)?;
+                write!(f, "{close}:{port}/")?;
                 encode(f, self.export.as_str().as_bytes())?;
             }
             Endpoint::Unix(path) => {
@@ -174,10 +173,18 @@ impl fmt::Display for NbdUri {
     }
 }
 
-/// What may stand unescaped both in a path and in a query, by RFC 3986; everything else is escaped.
+/// Besides letters and digits, what may stand unescaped both in a path and in a query, by RFC 3986.
+const SAFE: &[u8] = b"-._~/:@";
+/// The same for a host; colons stand between brackets.
+const HOST_SAFE: &[u8] = b"-._~:";
+
 fn encode(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
+    escape(f, bytes, SAFE)
+}
+
+fn escape(f: &mut fmt::Formatter<'_>, bytes: &[u8], safe: &[u8]) -> fmt::Result {
     for &byte in bytes {
-        if byte.is_ascii_alphanumeric() || b"-._~/:@".contains(&byte) {
+        if byte.is_ascii_alphanumeric() || safe.contains(&byte) {
             f.write_char(char::from(byte))?;
         } else {
             write!(f, "%{byte:02X}")?;
@@ -216,6 +223,8 @@ mod tests {
             "nbds://h:1/x",
             "nbds://h:1/x?tls-certificates=/etc/pki/a%20b&tls-hostname=other",
             "nbds+unix:///x?socket=/tmp/s&tls-certificates=/p",
+            "nbd://a%40b%2F%5D:1/",
+            "nbd://[%40::1]:1/",
         ] {
             let uri: NbdUri = text.parse().expect(text);
             assert_eq!(uri.to_string(), text);

@@ -4,6 +4,7 @@ mod console;
 mod data;
 mod guest;
 mod machine;
+mod random;
 mod sandbox;
 
 use std::io::Write;
@@ -15,6 +16,7 @@ pub use console::{Console, number_after};
 pub use data::{assert_same_bytes, copy_sparse};
 pub use guest::{Guest, guest};
 pub use machine::{Firmware, Machine};
+pub use random::{Random, rounds, seed};
 pub use sandbox::{Running, Sandbox, kill};
 
 /// Long enough for anything that happens at all, on a machine with two busy cores and an emulated processor.

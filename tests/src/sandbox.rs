@@ -18,6 +18,7 @@ const PARENT_LEN_MAX: usize = 24;
 #[derive(Debug)]
 pub struct Sandbox {
     dir: TempDir,
+    passphrase: Option<&'static str>,
 }
 
 /// The program beside the test's own: `target/PROFILE/lifeboat`.
@@ -45,7 +46,16 @@ impl Sandbox {
             parent = PathBuf::from("/tmp");
         }
         let dir = tempfile::Builder::new().prefix("lb-").tempdir_in(parent);
-        Sandbox { dir: dir.unwrap_or_else(|error| panic!("no temporary folder: {error}")) }
+        let dir = dir.unwrap_or_else(|error| panic!("no temporary folder: {error}"));
+        Sandbox { dir, passphrase: Some("correct horse") }
+    }
+
+    /// A place whose repository is not encrypted: commands do not spend their time on a passphrase.
+    pub fn with_plain_repository(chunk_size: &str) -> Sandbox {
+        let mut sandbox = Sandbox::new();
+        sandbox.passphrase = None;
+        sandbox.ok(&["init", "--no-encryption", "--chunk-size", chunk_size]);
+        sandbox
     }
 
     /// A place with an encrypted repository.
@@ -75,9 +85,11 @@ impl Sandbox {
             .env("HOME", self.dir.path())
             .env("LIFEBOAT_REPO", self.path("repo"))
             .env("LIFEBOAT_STATE", self.path("state"))
-            .env("LIFEBOAT_PASSPHRASE", "correct horse")
             .env("LIFEBOAT_ACCEL", "tcg")
             .stdin(Stdio::null());
+        if let Some(passphrase) = self.passphrase {
+            command.env("LIFEBOAT_PASSPHRASE", passphrase);
+        }
         command
     }
 

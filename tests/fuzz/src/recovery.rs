@@ -1,0 +1,62 @@
+//! The journal of a recovery.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use lifeboat::recovery::journal::{Journal, JournalError};
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn path() -> PathBuf {
+    static DIR: OnceLock<TempDir> = OnceLock::new();
+    let dir = DIR.get_or_init(|| crate::images::memory_dir("journal"));
+    dir.path().join(format!("{:?}", std::thread::current().id()))
+}
+
+/// With the first byte even, each line gets the checksum of its text.
+pub(crate) fn journal(data: &[u8]) {
+    let Some((kind, rest)) = data.split_first() else { return };
+    let mut bytes = rest.to_vec();
+    if kind % 2 == 0 {
+        bytes.clear();
+        for line in rest.split_inclusive(|byte| *byte == b'\n') {
+            let text = line.get(9..).unwrap_or_default();
+            let (text, end) = text.strip_suffix(b"\n").map_or((text, &b""[..]), |text| (text, b"\n"));
+            bytes.extend(format!("{:08x} ", crc32c::crc32c(text)).bytes());
+            bytes.extend([text, end].concat());
+        }
+    }
+    let path = path();
+    std::fs::write(&path, &bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    match Journal::open::<Value>(&path) {
+        Ok((mut journal, records)) => {
+            let added = journal.append(&Value::from("more"));
+            added.unwrap_or_else(|error| panic!("a journal that opened takes no record: {error}"));
+            drop(journal);
+            let again = Journal::open::<Value>(&path).map(|(_, again)| again.len());
+            assert_eq!(again.ok(), Some(records.len() + 1), "records were lost or made up");
+        }
+        Err(JournalError::Damaged { .. }) => {
+            let kept = std::fs::read(&path).unwrap_or_default();
+            assert!(kept == bytes, "a journal that is refused must be left alone");
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+pub(crate) fn journal_seeds() -> Vec<Vec<u8>> {
+    let line = |json: &str| format!("{:08x} {json}\n", crc32c::crc32c(json.as_bytes()));
+    let good: String = [
+        r#"{"record":"created","version":1,"definition":{"name":"vm","disks":[{"name":"disk0","size":4096}]}}"#,
+        r#"{"record":"state","state":"running"}"#,
+        r#"{"record":"state","state":"failed","problem":"no \u00e4 memory"}"#,
+    ]
+    .into_iter()
+    .map(line)
+    .collect();
+    let torn = good.trim_end().to_owned();
+    [(0, &good), (1, &good), (0, &torn), (1, &torn)]
+        .into_iter()
+        .map(|(kind, text)| [&[kind], text.as_bytes()].concat())
+        .collect()
+}
