@@ -14,6 +14,7 @@ mod ntfs;
 pub(crate) mod test_support;
 mod time;
 mod walk;
+mod xfs;
 
 use std::sync::Arc;
 
@@ -188,6 +189,7 @@ pub fn open(kind: Kind, volume: SharedDisk) -> Result<Box<dyn FileSystem>, FsErr
         Kind::ExFat => Ok(Box::new(exfat::ExFat::open(volume)?)),
         Kind::Ntfs => Ok(Box::new(ntfs::Ntfs::open(volume)?)),
         Kind::Iso => Ok(Box::new(iso::Iso::open(volume)?)),
+        Kind::Xfs => Ok(Box::new(xfs::Xfs::open(volume)?)),
         other => Err(FsError::Unsupported { object: format!("a volume with {other}"), reason: other.why_not() }),
     }
 }

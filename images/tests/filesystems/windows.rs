@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use images::fs::{FileType, find_path};
 use images::volume::Kind;
 
-use crate::support::{Able, assert_same, contents, make_tree, noise, open, run, volume};
+use crate::support::{
+    Able, Loop, Mounted, assert_same, contents, is_root, make_tree, noise, open, run, volume, wait_for_end,
+};
 
 /// What these file systems hold of what a tree has. Times are to the finest of 10 ms.
 const ABLE: Able = Able {
@@ -20,53 +21,6 @@ const ABLE: Able = Able {
     xattrs: false,
     time: 10_000_000,
 };
-
-/// A file system mounted by a driver in user space until this is dropped.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(dir: &Path, driver: &mut Command) -> Mounted {
-        fs::create_dir_all(dir).unwrap();
-        let outside = fs::metadata(dir).unwrap();
-        run(driver);
-        for _ in 0..500 {
-            use std::os::unix::fs::MetadataExt;
-            if fs::metadata(dir).is_ok_and(|inside| inside.dev() != outside.dev()) {
-                return Mounted(dir.to_owned());
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        panic!("{driver:?} did not mount");
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        // The driver writes out what it has when it is unmounted; umount waits for it, fusermount3 does not.
-        run(Command::new("sync").arg("-f").arg(&self.0));
-        run(Command::new("umount").arg(&self.0));
-    }
-}
-
-/// A loop device until this is dropped.
-struct Loop(String);
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        run(Command::new("losetup").args(["--detach", &self.0]));
-    }
-}
-
-fn wait_for_end(driver: &str, image: &Path) {
-    for _ in 0..500 {
-        let busy = Command::new("pgrep").arg("-f").arg(format!("{driver}.*{}", image.display())).output().unwrap();
-        if busy.stdout.is_empty() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{driver} still has {}", image.display());
-}
 
 fn copy(tree: &Path, to: &Path) {
     run(Command::new("cp").args(["-r", "--preserve=timestamps", "--no-target-directory"]).arg(tree).arg(to));
@@ -134,12 +88,7 @@ fn exfat_reads_byte_for_byte() {
     run(Command::new("mkfs.exfat").args(["-L", "stick", "-c", "512"]).arg(&image));
     {
         // Root's driver takes devices alone, and nobody else can make one.
-        let root = run(Command::new("id").arg("-u")).trim() == "0";
-        let device = if root {
-            Some(Loop(run(Command::new("losetup").args(["--find", "--show"]).arg(&image)).trim().to_owned()))
-        } else {
-            None
-        };
+        let device = is_root().then(|| Loop::new(&image));
         let source = device.as_ref().map_or(image.clone(), |device| PathBuf::from(&device.0));
         let mut driver = Command::new("mount.exfat-fuse");
         let mounted = Mounted::new(&mount, driver.arg(source).arg(&mount).env("TZ", "UTC"));

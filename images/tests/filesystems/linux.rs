@@ -1,0 +1,130 @@
+//! File systems that the kernel's own drivers write: XFS, and ext4 taken while it was in use.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use images::volume::Kind;
+
+use crate::support::{Able, Mounted, UNIX, assert_same, kernel_has, make_tree, noise, open, run, volume};
+
+/// The kernel keeps times to the nanosecond.
+const EXACT: Able = Able { time: 1, ..UNIX };
+
+fn mount(image: &Path, dir: &Path) -> Mounted {
+    Mounted::new(dir, Command::new("mount").args(["-o", "loop"]).arg(image).arg(dir))
+}
+
+/// Writes a tree to a new file system and the same to a folder, and leaves the image to `look` at it.
+fn with_tree(size: &str, make: &mut Command, more: impl Fn(&Path), look: impl Fn(&Path, &Path, &Path)) {
+    let dir = tempfile::tempdir().unwrap();
+    let (tree, image, mounted) = (dir.path().join("tree"), dir.path().join("image"), dir.path().join("mount"));
+    fs::create_dir(&tree).unwrap();
+    make_tree(&tree, UNIX);
+    more(&tree);
+    run(Command::new("truncate").args(["-s", size]).arg(&image));
+    run(make.arg(&image));
+    {
+        let mounted = mount(&image, &mounted);
+        run(Command::new("cp").args(["-a", "--sparse=always", "--no-target-directory"]).arg(&tree).arg(&mounted.0));
+        run(Command::new("sync").arg("-f").arg(&mounted.0));
+        look(&image, &tree, Path::new("while mounted"));
+    }
+    look(&image, &tree, Path::new("after unmount"));
+}
+
+/// What makes trees of extents, large directories and attributes in blocks.
+fn large(tree: &Path) {
+    let crumbs = fs::File::create(tree.join("crumbs")).unwrap();
+    for at in 0..3000 {
+        std::os::unix::fs::FileExt::write_all_at(&crumbs, &noise(at, 100), at * 8192).unwrap();
+    }
+    fs::create_dir(tree.join("crowd")).unwrap();
+    for number in 0..3000 {
+        fs::write(tree.join(format!("crowd/a file with a name that is not short {number}")), "").unwrap();
+    }
+    for number in 0..30 {
+        let value: String = std::iter::repeat_n(char::from(b'a' + number % 26), 1 + usize::from(number) * 3).collect();
+        let name = format!("user.attribute {number}");
+        run(Command::new("setfattr").args(["-n", &name, "-v", &value]).arg(tree.join("one")));
+    }
+}
+
+#[test]
+fn xfs_reads_byte_for_byte() {
+    if !kernel_has("xfs") {
+        return;
+    }
+    for options in [&["-m", "bigtime=1"][..], &["-b", "size=1024", "-n", "size=4096", "-i", "size=512"]] {
+        with_tree(
+            "400M",
+            Command::new("mkfs.xfs").args(["-q", "-L", "data"]).args(options),
+            large,
+            |image, tree, when| {
+                if when == Path::new("while mounted") {
+                    return;
+                }
+                let volume = volume(image, "whole");
+                assert_eq!((volume.content.kind, volume.content.label.as_deref()), (Kind::Xfs, Some("data")));
+                let fs = open(&volume);
+                assert_eq!(fs.notices(), [""; 0]);
+                assert_same(fs.as_ref(), tree, EXACT, &[]);
+            },
+        );
+    }
+}
+
+/// Kernels do not write version 4 any more; its maker can fill it from a description.
+#[test]
+fn xfs_of_version_4_reads_byte_for_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let (tree, image, description) =
+        (dir.path().join("tree"), dir.path().join("image"), dir.path().join("description"));
+    fs::create_dir_all(tree.join("folder/below")).unwrap();
+    let mut text = "/none\n0 0\nd--755 0 0\n".to_owned();
+    let mut add = |folder: &str, name: &str, bytes: &[u8]| {
+        let path = tree.join(folder).join(name);
+        fs::write(&path, bytes).unwrap();
+        text.push_str(&format!("{name} ---644 0 0 {}\n", path.display()));
+    };
+    add("", "large", &noise(1, 700_001));
+    add("", "empty", b"");
+    for number in 0..300 {
+        add("", &format!("file-number-{number}"), format!("{number}").as_bytes());
+    }
+    text.push_str("link l--777 0 0 folder/below\nfolder d--755 0 0\n");
+    std::os::unix::fs::symlink("folder/below", tree.join("link")).unwrap();
+    let few = tree.join("folder/few");
+    fs::write(&few, b"few").unwrap();
+    text.push_str(&format!("few ---644 0 0 {}\nbelow d--755 0 0\n$\n$\n$\n", few.display()));
+    fs::write(&description, text).unwrap();
+    run(Command::new("truncate").args(["-s", "400M"]).arg(&image));
+    run(Command::new("mkfs.xfs").args(["-q", "-m", "crc=0", "-n", "ftype=0", "-p"]).arg(&description).arg(&image));
+    let able = Able { unix: false, hard_links: false, holes: false, xattrs: false, special: false, time: 0, ..UNIX };
+    assert_same(open(&volume(&image, "whole")).as_ref(), &tree, able, &[]);
+}
+
+#[test]
+fn ext4_in_use_reads_with_its_journal() {
+    if !kernel_has("ext4") {
+        return;
+    }
+    let mut make = Command::new("mke2fs");
+    make.args(["-q", "-F", "-t", "ext4", "-O", "inline_data", "-I", "512", "-E", "lazy_itable_init=0"]);
+    with_tree(
+        "200M",
+        &mut make,
+        |_| {},
+        |image, tree, when| {
+            let fs = open(&volume(image, "whole"));
+            let in_use = when == Path::new("while mounted");
+            assert_eq!(
+                fs.notices().iter().any(|notice| notice.contains("replayed")),
+                in_use,
+                "{when:?}: {:?}",
+                fs.notices()
+            );
+            assert_same(fs.as_ref(), tree, EXACT, &["lost+found"]);
+        },
+    );
+}
