@@ -3,6 +3,7 @@
 
 mod ext;
 mod fat;
+mod hostile;
 mod iso;
 mod linux;
 mod support;

@@ -121,6 +121,24 @@ pub fn make_tree(root: &Path, able: Able) {
     }
 }
 
+/// A tree of a hundred files.
+pub fn make_small_tree(root: &Path) {
+    for dir in ["etc/deep/er", "many"] {
+        fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    fs::write(root.join("etc/hostname"), b"web01\n").unwrap();
+    fs::write(root.join("etc/deep/er/noise"), noise(1, 200_000)).unwrap();
+    for number in 0..100 {
+        fs::write(
+            root.join(format!("many/file number {number}")),
+            noise(number, usize::try_from(number * 10).unwrap()),
+        )
+        .unwrap();
+    }
+    symlink("etc/hostname", root.join("link")).unwrap();
+    symlink("l".repeat(100), root.join("long link")).unwrap();
+}
+
 /// Opens an image as a disk.
 pub fn disk(image: &Path) -> SharedDisk {
     let options = OpenOptions { format: Some(Format::Raw), ..OpenOptions::default() };
