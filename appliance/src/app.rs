@@ -62,21 +62,25 @@ impl Options {
             return Ok(Some(Secret::key_file(bytes)));
         }
         if let Some(path) = &self.passphrase_file {
-            let bytes = read_small(path, "passphrase file")?;
-            let text = String::from_utf8(bytes)
-                .map_err(|_| Problem::usage(format!("passphrase file {} is not text", path.display())))?;
-            let line = text.lines().next().unwrap_or_default().to_owned();
-            if line.is_empty() {
-                return Err(Problem::usage(format!("passphrase file {} is empty", path.display())));
-            }
-            return Ok(Some(Secret::passphrase(line)));
+            return Ok(Some(Secret::passphrase(read_passphrase(path)?)));
         }
         Ok(self.passphrase.clone().filter(|passphrase| !passphrase.is_empty()).map(Secret::passphrase))
     }
 }
 
+/// The first line of a passphrase file.
+pub fn read_passphrase(path: &Path) -> Result<String, Problem> {
+    let bytes = read_small(path, "passphrase file")?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Problem::usage(format!("passphrase file {} is not text", path.display())))?;
+    match text.lines().next() {
+        Some(line) if !line.is_empty() => Ok(line.to_owned()),
+        _ => Err(Problem::usage(format!("passphrase file {} is empty", path.display()))),
+    }
+}
+
 /// Reads a file that holds a secret; a huge one is a mistake.
-fn read_small(path: &Path, what: &str) -> Result<Vec<u8>, Problem> {
+pub fn read_small(path: &Path, what: &str) -> Result<Vec<u8>, Problem> {
     const LEN_MAX: u64 = 64 << 10;
     let read = || {
         use std::io::Read;
@@ -240,17 +244,38 @@ pub enum Encryption {
     Aes256Gcm,
 }
 
-/// Makes a new key file that only its owner can read. An existing one is used as it is.
-fn make_key_file(path: &Path) -> Result<(), Problem> {
-    use std::io::Write;
+/// Makes a new key file that only its owner can read, and says whether it did. An existing one is used as it is.
+///
+/// Order: (1) the bytes, synced, under another name; (2) a link to its name, which replaces nothing; (3) the folder's
+/// sync. A crash must not leave a short key file that a later command takes for the key.
+pub fn make_key_file(path: &Path) -> Result<bool, Problem> {
+    use std::fs;
+    use std::io::{ErrorKind, Write};
     use std::os::unix::fs::OpenOptionsExt;
     if path.exists() {
-        return Ok(());
+        return Ok(false);
     }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let temporary = path.with_added_extension(format!("{}.tmp", std::process::id()));
     let write = || {
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
         file.write_all(&Repository::generate_key_file()?)?;
-        file.sync_all()
+        file.sync_all()?;
+        let made = match fs::hard_link(&temporary, path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => false, // somebody was faster
+            Err(error) => return Err(error),
+        };
+        fs::remove_file(&temporary)?;
+        fs::File::open(folder)?.sync_all()?;
+        Ok(made)
     };
-    write().map_err(|error| Problem::because(Kind::Failed, format!("cannot make key file {}", path.display()), &error))
+    let cannot = |error: std::io::Error| {
+        Problem::because(Kind::Failed, format!("cannot make key file {}", path.display()), &error)
+    };
+    let written = write();
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary); // of no use to anybody, and the error is what counts
+    }
+    written.map_err(cannot)
 }

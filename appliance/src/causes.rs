@@ -5,7 +5,7 @@ use std::path::Path;
 
 use blockstore::error::ReadError;
 use blockstore::overlay::OverlayError;
-use blockstore::{BackupError, InitError, LeaseError, OpenError, RestoreError, VerifyError};
+use blockstore::{BackupError, InitError, KeyError, LeaseError, OpenError, RestoreError, VerifyError};
 use images::TargetError;
 use nbd_server::ListenError;
 
@@ -166,6 +166,25 @@ impl Problem {
                 .hint("check LIFEBOAT_PASSPHRASE, --passphrase-file or --key-file"),
             OpenError::Io { .. } => Problem::failed(title, error),
             OpenError::Index(cause) => Problem::from_read(&title, cause),
+        }
+    }
+
+    /// Listing or changing key slots.
+    pub fn from_keys(title: &str, error: &KeyError) -> Problem {
+        match error {
+            KeyError::NotEncrypted => Problem::because(Kind::Refused, title, error),
+            KeyError::WeakSecret | KeyError::Label { .. } => Problem::because(Kind::Usage, title, error),
+            KeyError::Known { .. } => Problem::because(Kind::Refused, title, error).hint("give another one"),
+            KeyError::NoSuchSlot { .. } => {
+                Problem::because(Kind::NotFound, title, error).hint("`lifeboat key list` lists them")
+            }
+            KeyError::LastSlot { .. } => Problem::because(Kind::Refused, title, error)
+                .hint("add another one first with `lifeboat key add`; damaged slots do not count"),
+            KeyError::Busy(_) => Problem::because(Kind::Refused, title, error).hint("try again in a moment"),
+            KeyError::Unsound { .. } => {
+                Problem::failed(title, error).hint("check the repository's storage; the other keys open it as before")
+            }
+            KeyError::Io { .. } => Problem::failed(title, error),
         }
     }
 

@@ -12,6 +12,8 @@ pub mod exports;
 pub mod files;
 pub mod inspect;
 pub mod jobs;
+mod keyless;
+mod keys;
 pub mod log;
 pub mod problem;
 pub mod publish;

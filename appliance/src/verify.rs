@@ -21,7 +21,7 @@ pub struct VerifyRequest {
 }
 
 /// What was found.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct VerifyResult {
     /// Whether nothing is damaged.
     pub ok: bool,
@@ -42,6 +42,9 @@ pub struct VerifyResult {
     pub chunks: u64,
     /// How long it took.
     pub seconds: f64,
+    /// Whether it was done without the key, which proves less.
+    #[serde(default)]
+    pub keyless: bool,
 }
 
 /// A damaged object.
@@ -95,10 +98,12 @@ pub fn verify(
         unreferenced: report.unreferenced,
         chunks: report.chunks,
         seconds: started.elapsed().as_secs_f64(),
+        keyless: false,
     })
 }
 
-fn told(damage: blockstore::Damage) -> Damage {
+/// Damage as the API tells it.
+pub fn told(damage: blockstore::Damage) -> Damage {
     Damage {
         object: damage.object.to_string(),
         problem: damage.what,

@@ -3,6 +3,8 @@
 
 mod events;
 mod files;
+pub mod keyless;
+mod keys;
 pub mod listener;
 
 use std::path::PathBuf;
@@ -19,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::app::App;
 use crate::capture::{self, BackupRequest};
 use crate::catalog::PointSummary;
-use crate::jobs::{Job, JobView};
+use crate::jobs::{Job, JobView, Jobs};
 use crate::problem::Problem;
 use crate::publish::ExportRequest;
 use crate::recovery::{RecoverRequest, RecoveryView};
@@ -62,12 +64,19 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/api/v1/recoveries", get(list_recoveries).post(recover))
         .route("/api/v1/recoveries/{name}", get(show_recovery).delete(discard))
         .route("/api/v1/recoveries/{name}/start", post(start))
+        .merge(keys::routes())
+        .merge(files::routes())
+        .with_state(app.clone())
+        .merge(job_routes(app.jobs.clone()))
+        .fallback(|| async { Problem::not_found("there is no such resource") })
+}
+
+fn job_routes(jobs: Arc<Jobs>) -> Router {
+    Router::new()
         .route("/api/v1/jobs", get(list_jobs))
         .route("/api/v1/jobs/{id}", get(show_job).delete(cancel_job))
         .route("/api/v1/jobs/{id}/events", get(follow_job))
-        .merge(files::routes())
-        .fallback(|| async { Problem::not_found("there is no such resource") })
-        .with_state(app)
+        .with_state(jobs)
 }
 
 type Shared = State<Arc<App>>;
@@ -201,22 +210,22 @@ async fn discard(State(app): Shared, Path(name): Path<String>) -> Answer<Recover
     work.await.map_err(|error| Problem::failed("the discard ended badly", &error))?.map(Json)
 }
 
-async fn list_jobs(State(app): Shared) -> Json<Vec<JobView>> {
-    Json(app.jobs.list())
+async fn list_jobs(State(jobs): State<Arc<Jobs>>) -> Json<Vec<JobView>> {
+    Json(jobs.list())
 }
 
-async fn show_job(State(app): Shared, Path(id): Path<u64>) -> Answer<JobView> {
-    app.jobs.get(id).map(|job| Json(job.view()))
+async fn show_job(State(jobs): State<Arc<Jobs>>, Path(id): Path<u64>) -> Answer<JobView> {
+    jobs.get(id).map(|job| Json(job.view()))
 }
 
-async fn cancel_job(State(app): Shared, Path(id): Path<u64>) -> Answer<JobView> {
-    let job = app.jobs.get(id)?;
+async fn cancel_job(State(jobs): State<Arc<Jobs>>, Path(id): Path<u64>) -> Answer<JobView> {
+    let job = jobs.get(id)?;
     job.cancel();
     Ok(Json(job.view()))
 }
 
-async fn follow_job(State(app): Shared, Path(id): Path<u64>) -> Result<Response, Problem> {
-    Ok(events::follow(app.jobs.get(id)?))
+async fn follow_job(State(jobs): State<Arc<Jobs>>, Path(id): Path<u64>) -> Result<Response, Problem> {
+    Ok(events::follow(jobs.get(id)?))
 }
 
 fn to_value(value: &impl Serialize) -> Result<serde_json::Value, Problem> {

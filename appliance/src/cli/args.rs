@@ -99,6 +99,9 @@ pub enum Command {
     Restore(Restore),
     /// Check that what is stored is whole
     Verify(Verify),
+    /// List, add, remove and rotate the keys that open the repository
+    #[command(subcommand)]
+    Key(Key),
     /// Serve a recovery point's disks over NBD until interrupted
     Export(Export),
     /// Show what lies on the disks of a recovery point: volumes, directories, versions of a file
@@ -183,6 +186,39 @@ pub struct Verify {
     /// Read, decrypt and check every chunk, not only the structure
     #[arg(long)]
     pub read_data: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Key {
+    /// List the key slots
+    List,
+    /// Let another passphrase or key file open the repository
+    Add(NewKey),
+    /// Take a passphrase's or key file's way in; the last one stays
+    Remove(RemoveKey),
+    /// Put a new passphrase or key file in the place of the one in use
+    Rotate(NewKey),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "LIFEBOAT_NEW_PASSPHRASE may hold the new passphrase itself.")]
+pub struct NewKey {
+    /// A file whose first line is the new passphrase
+    #[arg(long, value_name = "FILE", conflicts_with = "new_key_file")]
+    pub new_passphrase_file: Option<PathBuf>,
+    /// The new key file; made if it does not exist, never overwritten
+    #[arg(long, value_name = "FILE")]
+    pub new_key_file: Option<PathBuf>,
+    /// A name for people, at most 64 bytes
+    #[arg(long)]
+    pub label: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct RemoveKey {
+    /// The slot's label, or the beginning of its id
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub slot: String,
 }
 
 #[derive(Debug, Args)]

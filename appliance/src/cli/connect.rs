@@ -10,13 +10,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
+use blockstore::Repository;
 
 use super::args::{Command, Global};
 use super::client::Client;
 use super::render;
 use crate::api::Health;
+use crate::api::keyless::{self, KeylessApp};
 use crate::api::listener::Listening;
-use crate::app::App;
+use crate::app::{App, Options, storage};
 use crate::problem::{Handling, Kind, Problem};
 use crate::signals;
 use crate::state_dir::{StateDir, create_private_dir};
@@ -54,6 +56,9 @@ impl Door {
         loop {
             if let Some(health) = ask(&state).await {
                 return Door::to_service(global, &state, &health);
+            }
+            if let Some(client) = without_key(command, &options)? {
+                return Ok(Door { client, own: None });
             }
             if matches!(command, Command::Recover(_)) || !state.recovery_names().is_empty() {
                 start_service(global, &state).await?;
@@ -148,6 +153,18 @@ impl Door {
     }
 }
 
+/// What answers a command that needs no key if none is given. It owns nothing and is seen by nobody else.
+fn without_key(command: &Command, options: &Options) -> Result<Option<Client>, Problem> {
+    if !matches!(command, Command::Verify(_)) || options.secret()?.is_some() {
+        return Ok(None);
+    }
+    let location = options.repository_path()?;
+    let repository =
+        Repository::open_keyless(storage(&location)).map_err(|error| Problem::from_open(&location, &error))?;
+    // One without encryption opens in full.
+    Ok(repository.encrypted().then(|| Client::Router(keyless::router(KeylessApp::new(repository)))))
+}
+
 /// Who keeps out other commands, as they are told: the command's name.
 fn describe(command: &Command) -> String {
     match command {
@@ -157,6 +174,7 @@ fn describe(command: &Command) -> String {
         Command::Show(args) => format!("show {}", args.point),
         Command::Restore(args) => format!("restore {}", args.point),
         Command::Verify(_) => "verify".to_owned(),
+        Command::Key(_) => "key".to_owned(),
         Command::Export(args) => format!("export {}", args.point),
         Command::Ls(args) => format!("ls {}", args.place),
         Command::Cp(args) => format!("cp {}", args.places.first().map_or("", String::as_str)),

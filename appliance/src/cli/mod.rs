@@ -8,6 +8,7 @@ mod cp;
 mod export;
 mod extract;
 mod files;
+mod keys;
 mod points;
 mod progress;
 mod recover;
@@ -121,6 +122,7 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Show(args) => points::show(door, global, args).await,
         Command::Restore(args) => restore::run(door, global, args).await,
         Command::Verify(args) => verify::run(door, global, args).await,
+        Command::Key(args) => keys::run(door, global, args).await,
         Command::Export(args) => export::run(door, global, args).await,
         Command::Ls(args) => files::ls(door, global, args).await,
         Command::Find(args) => files::find(door, global, args).await,

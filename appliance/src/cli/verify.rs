@@ -7,6 +7,10 @@ use crate::catalog::spec::short_id;
 use crate::problem::{Handling, Kind, Problem};
 use crate::verify::{VerifyRequest, VerifyResult};
 
+/// What a verification without the key leaves open.
+const WITHOUT_KEY: &str = "checked without the key: objects are what was written and packs hold what the index says; \
+                           whether points find all their chunks and frames open, only a verify with the key shows";
+
 pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Problem> {
     let request = VerifyRequest { point: args.point.clone(), read_data: args.read_data };
     let result = progress::run(&door.client, "/api/v1/verify", &request).await?;
@@ -32,9 +36,12 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
             result.seconds
         ));
     }
+    if result.keyless && !global.json {
+        render::line(WITHOUT_KEY);
+    }
     if result.ok {
         if !global.json {
-            render::line("all is whole");
+            render::line(if result.keyless { "no damage found" } else { "all is whole" });
         }
         return Ok(());
     }
