@@ -41,8 +41,8 @@ pub use point::{Consistency, PointStats, PointedDisk, RecoveryPoint};
 pub use progress::Progress;
 pub use read::PointDisk;
 pub use repository::{
-    Affected, Damage, InitError, KeyError, KeySlot, OpenError, Repository, RepositoryStats, Rotated, SlotKind,
-    SlotState, VerifyError, VerifyOptions, VerifyReport,
+    Affected, Damage, InitError, KeyError, KeySlot, OpenError, PointError, Protected, Repository, RepositoryStats,
+    Rotated, SlotKind, SlotState, VerifyError, VerifyOptions, VerifyReport,
 };
 pub use restore::{Differences, RestoreError, RestoreStats, Target, ZeroPolicy, compare, restore, restore_changed};
 pub use storage::{LocalStorage, Storage};

@@ -7,6 +7,7 @@ pub mod config;
 pub mod note;
 pub mod pack;
 pub mod point;
+pub mod protection;
 pub mod run;
 pub mod slot;
 

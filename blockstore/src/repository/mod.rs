@@ -1,6 +1,7 @@
 //! [`Repository`]: makes, opens and lists; everything else starts here. Specification: docs/format/repository.md
 
 mod open;
+mod protect;
 mod slots;
 mod verify;
 
@@ -8,6 +9,8 @@ mod verify;
 mod crash_tests;
 #[cfg(test)]
 mod damage_tests;
+#[cfg(test)]
+mod protect_tests;
 #[cfg(test)]
 mod slots_tests;
 #[cfg(test)]
@@ -17,6 +20,7 @@ mod tests;
 
 pub use open::{InitError, OpenError};
 pub(crate) use open::{read_config, read_slot};
+pub use protect::{PointError, Protected};
 pub use slots::{KeyError, KeySlot, Rotated, SlotKind, SlotState};
 pub use verify::{Affected, Damage, VerifyError, VerifyOptions, VerifyReport};
 

@@ -19,7 +19,7 @@ use crate::mapping::Mapping;
 /// Packs kept open for reading.
 const OPEN_FILES: usize = 256;
 /// Names an unfinished init may leave besides temporary files and key slots: empty directories.
-const DIRECTORIES: [&str; 7] = ["keys", "packs", "index", "points", "damaged", "leases", "tmp"];
+const DIRECTORIES: [&str; 8] = ["keys", "packs", "index", "points", "damaged", "leases", "protected", "tmp"];
 const TMP: &str = "tmp";
 const LOCK: &str = "lock";
 /// How long somebody else may hold it, and how often that is looked at.
@@ -206,6 +206,7 @@ impl Storage for LocalStorage {
             ObjectKind::Point => vec![PathBuf::from("points")],
             ObjectKind::DamagedPack => vec![PathBuf::from("damaged")],
             ObjectKind::Lease => vec![PathBuf::from("leases")],
+            ObjectKind::Protection => vec![PathBuf::from("protected")],
         };
         let mut listed = Vec::new();
         for dir in dirs {
@@ -271,7 +272,7 @@ impl Storage for LocalStorage {
         if !only_lock || !known || !self.folder.list_dirs(Path::new("packs"))?.is_empty() {
             return Ok(false);
         }
-        for dir in ["packs", "index", "points", "damaged", "leases"] {
+        for dir in ["packs", "index", "points", "damaged", "leases", "protected"] {
             if !self.folder.list(Path::new(dir))?.is_empty() {
                 return Ok(false);
             }

@@ -34,6 +34,8 @@ pub enum Object {
     DamagedPack(PackId),
     /// A lease: a note of who is at work.
     Lease(LeaseId),
+    /// What protects a recovery point.
+    Protection(RecoveryPointId),
 }
 
 /// The kinds of objects that can be listed.
@@ -51,6 +53,8 @@ pub enum ObjectKind {
     DamagedPack,
     /// Leases.
     Lease,
+    /// Protections of recovery points.
+    Protection,
 }
 
 /// An object and its length.
@@ -77,6 +81,7 @@ impl Object {
             Object::Point(id) => format!("points/{id}"),
             Object::DamagedPack(id) => format!("damaged/{id}"),
             Object::Lease(id) => format!("leases/{id}"),
+            Object::Protection(id) => format!("protected/{id}"),
         }
     }
 
@@ -89,6 +94,7 @@ impl Object {
             ObjectKind::Point => name.parse().ok().map(Object::Point),
             ObjectKind::DamagedPack => name.parse().ok().map(Object::DamagedPack),
             ObjectKind::Lease => name.parse().ok().map(Object::Lease),
+            ObjectKind::Protection => name.parse().ok().map(Object::Protection),
         }
     }
 }
@@ -103,6 +109,7 @@ impl fmt::Display for Object {
             Object::Point(_) => write!(out, "recovery point {}", self.path()),
             Object::DamagedPack(_) => write!(out, "marker {}", self.path()),
             Object::Lease(_) => write!(out, "lease {}", self.path()),
+            Object::Protection(_) => write!(out, "protection {}", self.path()),
         }
     }
 }
@@ -110,7 +117,7 @@ impl fmt::Display for Object {
 /// Keeps objects. All methods block and may be called from several threads.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Stores an object atomically and durably: when this returns it survives a power cut; if it fails the object is
-    /// absent or whole. An existing object is replaced: a note by another note, all others only by the same bytes.
+    /// absent or whole. An existing object is replaced: notes and protections by others, all else by the same bytes.
     fn put(&self, object: &Object, bytes: &[u8]) -> io::Result<()>;
 
     /// Like [`Storage::put`], but [`io::ErrorKind::AlreadyExists`] if the object exists; of several that race, one
@@ -195,6 +202,7 @@ mod tests {
             Object::Point(RecoveryPointId([2; 32])),
             Object::DamagedPack(PackId([3; 32])),
             Object::Lease(LeaseId([4; 16])),
+            Object::Protection(RecoveryPointId([4; 32])),
         ]
         .map(|object| object.path());
         let pack = format!("packs/cd/{}", "cd".repeat(32));
@@ -203,8 +211,9 @@ mod tests {
         let slot = format!("keys/{}", "ab".repeat(16));
         let point = format!("points/{}", "02".repeat(32));
         let marker = format!("damaged/{}", "03".repeat(32));
+        let protection = format!("protected/{}", "04".repeat(32));
         let lease = format!("leases/{}", "04".repeat(16));
-        assert_eq!(paths, ["repository".to_owned(), slot, pack, run, damaged, point, marker, lease]);
+        assert_eq!(paths, ["repository".to_owned(), slot, pack, run, damaged, point, marker, lease, protection]);
     }
 
     #[test]
