@@ -9,7 +9,7 @@ use blockstore::{LocalStorage, Repository, Secret};
 use tokio::net::UnixListener;
 
 use crate::api::listener::Listening;
-use crate::catalog::{Catalog, PointSummary, spec};
+use crate::catalog::{Catalog, Listing, PointSummary, spec};
 use crate::jobs::Jobs;
 use crate::problem::{Kind, Problem};
 use crate::publish::Exports;
@@ -164,14 +164,26 @@ impl App {
         Ok(Listening::start(listener, &socket, crate::api::router(self.clone())))
     }
 
-    /// All recovery points, oldest first.
+    /// All recovery points that can be read, oldest first.
     pub fn points(&self) -> Result<Vec<PointSummary>, Problem> {
-        self.catalog.points(&self.repository)
+        self.listing().map(|listing| listing.points)
+    }
+
+    /// All recovery points.
+    pub fn listing(&self) -> Result<Listing, Problem> {
+        self.catalog.listing(&self.repository)
     }
 
     /// The recovery point that `spec` names.
     pub fn resolve(&self, spec: &str) -> Result<PointSummary, Problem> {
-        spec::resolve(&self.points()?, spec).cloned()
+        let listing = self.listing()?;
+        spec::resolve(&listing.points, spec).cloned().map_err(|problem| match listing.damaged_by(spec) {
+            Some(point) if problem.kind == Kind::NotFound => {
+                Problem::new(Kind::Damage, format!("recovery point {} is damaged", spec::short_id(&point.id)))
+                    .hint("put it back from a copy of the repository; `lifeboat forget` drops it")
+            }
+            _ => problem,
+        })
     }
 
     /// Refuses to write to the repository or the state folder as if they were anybody's.

@@ -6,6 +6,7 @@ mod files;
 pub mod keyless;
 mod keys;
 pub mod listener;
+mod retention;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::app::App;
 use crate::capture::{self, BackupRequest};
-use crate::catalog::PointSummary;
+use crate::catalog::{ListedPoint, Listing};
 use crate::jobs::{Job, JobView, Jobs};
 use crate::problem::Problem;
 use crate::publish::ExportRequest;
@@ -66,6 +67,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/api/v1/recoveries/{name}/start", post(start))
         .merge(keys::routes())
         .merge(files::routes())
+        .merge(retention::routes())
         .with_state(app.clone())
         .merge(job_routes(app.jobs.clone()))
         .fallback(|| async { Problem::not_found("there is no such resource") })
@@ -100,16 +102,19 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> +
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed("the operation ended badly", &error))?
 }
 
-async fn list_points(State(app): Shared, Query(query): Query<PointsQuery>) -> Answer<Vec<PointSummary>> {
-    let mut points = blocking(move || app.points()).await?;
-    if let Some(machine) = query.machine {
-        points.retain(|point| point.machine == machine);
-        if points.is_empty() {
-            return Err(Problem::not_found(format!("machine {machine} has no recovery point"))
-                .hint("`lifeboat points` lists all machines"));
-        }
+async fn list_points(State(app): Shared, Query(query): Query<PointsQuery>) -> Answer<Vec<ListedPoint>> {
+    let Listing { mut points, damaged } = blocking(move || app.listing()).await?;
+    let Some(machine) = query.machine else {
+        let points = points.into_iter().map(ListedPoint::Whole);
+        return Ok(Json(points.chain(damaged.into_iter().map(ListedPoint::Damaged)).collect()));
+    };
+    // Whose the damaged ones are, nobody knows.
+    points.retain(|point| point.machine == machine);
+    if points.is_empty() {
+        return Err(Problem::not_found(format!("machine {machine} has no recovery point"))
+            .hint("`lifeboat points` lists all machines"));
     }
-    Ok(Json(points))
+    Ok(Json(points.into_iter().map(ListedPoint::Whole).collect()))
 }
 
 async fn show_point(State(app): Shared, Path(point): Path<String>) -> Answer<inspect::PointDetail> {

@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use blockstore::{Consistency, RecoveryPoint, RecoveryPointId, Repository};
+use blockstore::error::ReadError;
+use blockstore::{Consistency, Protected, RecoveryPoint, RecoveryPointId, Repository};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
@@ -37,8 +38,75 @@ pub struct PointSummary {
     pub consistency: String,
     /// Whether no prune passes it.
     pub protected: bool,
+    /// When that ends.
+    #[serde(default)]
+    pub protected_until: Option<DateTime<Utc>>,
+    /// Whether what protects it cannot be read.
+    #[serde(default)]
+    pub protection_damaged: bool,
     /// The result of its last drill.
     pub drill: Option<serde_json::Value>,
+    /// Always absent: see [`DamagedPoint`].
+    #[serde(default)]
+    pub damaged: Option<String>,
+}
+
+/// A recovery point that cannot be read, as `points` lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedPoint {
+    /// 64 hexadecimal digits.
+    pub id: String,
+    /// Not known.
+    pub machine: Option<String>,
+    /// Not known.
+    pub time: Option<DateTime<Utc>>,
+    /// Not known: none.
+    pub disks: Vec<DiskSummary>,
+    /// Not known: 0.
+    pub size: u64,
+    /// Not known: 0.
+    pub stored: u64,
+    /// Not known: none.
+    pub labels: BTreeMap<String, String>,
+    /// Not known.
+    pub consistency: Option<String>,
+    /// Whether it is protected.
+    pub protected: bool,
+    /// Not known.
+    pub drill: Option<serde_json::Value>,
+    /// What is wrong with it.
+    pub damaged: String,
+}
+
+/// A point of either kind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ListedPoint {
+    /// It can be read.
+    Whole(PointSummary),
+    /// It cannot.
+    Damaged(DamagedPoint),
+}
+
+/// All recovery points.
+#[derive(Debug, Clone, Default)]
+pub struct Listing {
+    /// Those that can be read, oldest first.
+    pub points: Vec<PointSummary>,
+    /// Those that cannot, by id.
+    pub damaged: Vec<DamagedPoint>,
+}
+
+impl Listing {
+    /// The damaged point whose id begins with `spec`, if it is one.
+    pub fn damaged_by(&self, spec: &str) -> Option<&DamagedPoint> {
+        let prefix = spec.to_ascii_lowercase();
+        let mut found = self.damaged.iter().filter(|point| point.id.starts_with(&prefix));
+        match (found.next(), found.next()) {
+            (Some(point), None) if prefix.len() >= spec::PREFIX_MIN => Some(point),
+            _ => None,
+        }
+    }
 }
 
 /// A disk of a recovery point.
@@ -69,7 +137,24 @@ impl PointSummary {
             }
             .to_owned(),
             protected: false,
+            protected_until: None,
+            protection_damaged: false,
             drill: None,
+            damaged: None,
+        }
+    }
+
+    /// The same, with what protects it now.
+    fn with_protection(self, protected: Option<&Protected>) -> PointSummary {
+        let until = match protected {
+            Some(Protected::Until(until)) => i64::try_from(*until).ok().and_then(|s| DateTime::from_timestamp(s, 0)),
+            _ => None,
+        };
+        PointSummary {
+            protected: protected.is_some(),
+            protected_until: until,
+            protection_damaged: matches!(protected, Some(Protected::Damaged(_))),
+            ..self
         }
     }
 
@@ -85,7 +170,10 @@ impl PointSummary {
             labels: BTreeMap::new(),
             consistency: "crash".into(),
             protected: false,
+            protected_until: None,
+            protection_damaged: false,
             drill: None,
+            damaged: None,
         }
     }
 }
@@ -121,34 +209,49 @@ impl Catalog {
         }
     }
 
-    /// The recovery points of the repository, oldest first, after taking up what has come and gone there.
-    ///
-    /// A point object that cannot be read is left out and logged: one damaged point must not hide the others.
-    pub fn points(&self, repository: &Repository) -> Result<Vec<PointSummary>, Problem> {
+    /// The recovery points of the repository, after taking up what has come and gone there. One that cannot be read
+    /// hides no other.
+    pub fn listing(&self, repository: &Repository) -> Result<Listing, Problem> {
         let ids =
             repository.list_points().map_err(|error| Problem::from_read("cannot list recovery points", &error))?;
-        let mut points = Vec::with_capacity(ids.len());
+        let protections = repository.protections().map_err(|error| Problem::from_protections(&error))?;
+        let now = crate::forget::now();
+        let mut listing = Listing { points: Vec::with_capacity(ids.len()), damaged: Vec::new() };
         let mut known = HashSet::with_capacity(ids.len());
         for id in ids {
             known.insert(id);
-            if let Some(point) = self.cached(id) {
-                points.push(point);
-                continue;
-            }
-            match repository.load_point(id) {
-                Ok(point) => {
-                    let point = PointSummary::of(&point);
-                    self.remember(&point);
-                    points.push(point);
-                }
-                Err(error) => {
-                    tracing::error!(point = %id, error = %crate::problem::chain(&error), "left out of the list: cannot read it")
-                }
+            let protected = protections.get(&id).filter(|protected| protected.holds_at(now));
+            match self.load(repository, id) {
+                Ok(point) => listing.points.push(point.with_protection(protected)),
+                Err(ReadError::NoSuchPoint { .. }) => {} // forgotten since the listing
+                Err(error) => listing.damaged.push(DamagedPoint {
+                    id: id.to_string(),
+                    machine: None,
+                    time: None,
+                    disks: Vec::new(),
+                    size: 0,
+                    stored: 0,
+                    labels: BTreeMap::new(),
+                    consistency: None,
+                    protected: protected.is_some(),
+                    drill: None,
+                    damaged: crate::problem::chain(&error),
+                }),
             }
         }
         self.forget_others(&known);
-        points.sort_by(|a, b| (a.time, &a.id).cmp(&(b.time, &b.id)));
-        Ok(points)
+        listing.points.sort_by(|a, b| (a.time, &a.id).cmp(&(b.time, &b.id)));
+        listing.damaged.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(listing)
+    }
+
+    fn load(&self, repository: &Repository, id: RecoveryPointId) -> Result<PointSummary, ReadError> {
+        if let Some(point) = self.cached(id) {
+            return Ok(point);
+        }
+        let point = PointSummary::of(&repository.load_point(id)?);
+        self.remember(&point);
+        Ok(point)
     }
 
     fn cached(&self, id: RecoveryPointId) -> Option<PointSummary> {

@@ -6,7 +6,7 @@ use super::PointSummary;
 use crate::problem::Problem;
 
 /// Shortest id prefix that is taken for one.
-const PREFIX_MIN: usize = 4;
+pub const PREFIX_MIN: usize = 4;
 
 /// Finds the point that `spec` names among `points`, which are sorted oldest first.
 pub fn resolve<'a>(points: &'a [PointSummary], spec: &str) -> Result<&'a PointSummary, Problem> {

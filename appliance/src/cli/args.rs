@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::app::Options;
 use crate::problem::Problem;
+use crate::retention::Span;
 
 /// Boots virtual machines straight from their backup.
 #[derive(Debug, Parser)]
@@ -95,6 +96,14 @@ pub enum Command {
     Points(Points),
     /// Show one recovery point
     Show(Show),
+    /// Protect a recovery point: no prune or forget passes it
+    Protect(Protect),
+    /// Take a recovery point's protection away
+    Unprotect(Show),
+    /// Drop one recovery point
+    Forget(Forget),
+    /// Drop the recovery points that no rule keeps
+    Prune(Prune),
     /// Copy a recovery point's disks to image files or devices
     Restore(Restore),
     /// Check that what is stored is whole
@@ -161,6 +170,74 @@ pub struct Show {
     /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub point: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Protect {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub point: String,
+    /// The last day it is protected, as 2027-01-31, or a time as 2027-01-31T03:00:00Z [default: no end]
+    #[arg(long, value_name = "DATE", value_parser = crate::forget::parse_until)]
+    pub until: Option<chrono::DateTime<chrono::Utc>>,
+}
+
+#[derive(Debug, Args)]
+pub struct Forget {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub point: String,
+    /// Forget it even if it is its machine's newest
+    #[arg(long)]
+    pub newest: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A point that any rule keeps stays. Hours, days, weeks (from Monday), months and years are those of the \
+                  local time zone; of each, the newest point is kept. A machine's newest point always stays, and so do \
+                  points that are protected, in use or damaged. `lifeboat collect` frees the space."
+)]
+pub struct Prune {
+    /// Only this machine's points; may be given several times [default: all machines]
+    #[arg(long, value_name = "MACHINE")]
+    pub machine: Vec<String>,
+    /// Only points with this label; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub label: Vec<String>,
+    /// Apply the rules to each value of this label by itself
+    #[arg(long, value_name = "KEY")]
+    pub group_by: Option<String>,
+    /// Keep the newest N points
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_last: u64,
+    /// Keep the newest point of each of the newest N hours that have one
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_hourly: u64,
+    /// The same of days
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_daily: u64,
+    /// The same of weeks
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_weekly: u64,
+    /// The same of months
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_monthly: u64,
+    /// The same of years
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub keep_yearly: u64,
+    /// Keep all points of this time before the newest: 14d, 6h, 2w, 3m (months), 1y or 1y6m
+    #[arg(long, value_name = "DURATION", value_parser = Span::parse)]
+    pub keep_within: Option<Span>,
+    /// Keep points with this label; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub keep_label: Vec<String>,
+    /// Change nothing; say of every point what would become of it, and why
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Say of every point what became of it, and why
+    #[arg(long, short)]
+    pub verbose: bool,
 }
 
 #[derive(Debug, Args)]

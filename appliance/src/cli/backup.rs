@@ -1,26 +1,18 @@
 //! `backup`.
 
-use std::collections::BTreeMap;
-
 use super::args::{Backup, Global};
 use super::connect::Door;
 use super::{progress, render};
 use crate::capture::{BackupRequest, BackupResult, parse_sources};
 use crate::catalog::spec::short_id;
 use crate::problem::Problem;
+use crate::retention::rules::parse_labels;
 
 pub async fn run(door: &Door, global: &Global, args: &Backup) -> Result<(), Problem> {
-    let mut labels = BTreeMap::new();
-    for label in &args.labels {
-        let (key, value) = label
-            .split_once('=')
-            .ok_or_else(|| Problem::usage(format!("label `{label}` has no value")).hint("write --label KEY=VALUE"))?;
-        labels.insert(key.to_owned(), value.to_owned());
-    }
     let request = BackupRequest {
         machine: args.machine.clone(),
         sources: parse_sources(&args.sources)?,
-        labels,
+        labels: parse_labels(&args.labels)?,
         format: args.format.clone(),
     };
     request.check()?;

@@ -14,6 +14,7 @@ mod progress;
 mod recover;
 mod render;
 mod restore;
+mod retention;
 mod verify;
 
 use std::process::ExitCode;
@@ -120,6 +121,10 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Backup(args) => backup::run(door, global, args).await,
         Command::Points(args) => points::list(door, global, args).await,
         Command::Show(args) => points::show(door, global, args).await,
+        Command::Protect(args) => retention::protect(door, global, args).await,
+        Command::Unprotect(args) => retention::unprotect(door, global, args).await,
+        Command::Forget(args) => retention::forget(door, global, args).await,
+        Command::Prune(args) => retention::prune(door, global, args).await,
         Command::Restore(args) => restore::run(door, global, args).await,
         Command::Verify(args) => verify::run(door, global, args).await,
         Command::Key(args) => keys::run(door, global, args).await,

@@ -6,14 +6,14 @@ use super::args::{Global, Points, Show};
 use super::client::segment;
 use super::connect::{Door, NOTHING};
 use super::render;
-use crate::catalog::PointSummary;
 use crate::catalog::spec::short_id;
+use crate::catalog::{DamagedPoint, ListedPoint, PointSummary};
 use crate::inspect::PointDetail;
 use crate::problem::Problem;
 
 pub async fn list(door: &Door, global: &Global, args: &Points) -> Result<(), Problem> {
     let query = args.machine.as_ref().map_or(String::new(), |machine| format!("?machine={}", segment(machine)));
-    let points: Vec<PointSummary> = door.client.call(Method::GET, &format!("/api/v1/points{query}"), NOTHING).await?;
+    let points: Vec<ListedPoint> = door.client.call(Method::GET, &format!("/api/v1/points{query}"), NOTHING).await?;
     if global.json {
         render::json(&points);
         return Ok(());
@@ -22,9 +22,32 @@ pub async fn list(door: &Door, global: &Global, args: &Points) -> Result<(), Pro
         render::line("no recovery points yet; `lifeboat backup MACHINE SOURCE` makes one");
         return Ok(());
     }
+    let row = |point: &ListedPoint| match point {
+        ListedPoint::Whole(point) => row(point),
+        ListedPoint::Damaged(point) => damaged_row(point),
+    };
     let rows: Vec<Vec<String>> = points.iter().map(row).collect();
-    render::table(&["POINT", "MACHINE", "TIME", "DISKS", "SIZE", "STORED", "LABELS"], &rows, &[3, 4, 5]);
+    render::table(&["POINT", "MACHINE", "TIME", "DISKS", "SIZE", "STORED", "PROTECTED", "LABELS"], &rows, &[3, 4, 5]);
+    for point in &points {
+        if let ListedPoint::Damaged(point) = point {
+            render::line(&format!("DAMAGED {}: {}", short_id(&point.id), point.damaged));
+        }
+    }
     Ok(())
+}
+
+fn damaged_row(point: &DamagedPoint) -> Vec<String> {
+    let protected = if point.protected { "yes" } else { "" };
+    [short_id(&point.id), "DAMAGED", "-", "-", "-", "-", protected, ""].map(str::to_owned).to_vec()
+}
+
+fn protected(point: &PointSummary) -> String {
+    match (point.protected, point.protected_until) {
+        (false, _) => String::new(),
+        (true, Some(until)) => format!("until {}", render::time(until)),
+        (true, None) if point.protection_damaged => "yes (damaged)".to_owned(),
+        (true, None) => "yes".to_owned(),
+    }
 }
 
 fn row(point: &PointSummary) -> Vec<String> {
@@ -35,6 +58,7 @@ fn row(point: &PointSummary) -> Vec<String> {
         point.disks.len().to_string(),
         render::bytes(point.size),
         render::bytes(point.stored),
+        protected(point),
         labels(point),
     ]
 }
@@ -58,6 +82,7 @@ pub async fn show(door: &Door, global: &Global, args: &Show) -> Result<(), Probl
         ("parent", point.parent.clone().unwrap_or_else(|| "none".to_owned())),
         ("consistency", summary.consistency.clone()),
         ("labels", labels(summary)),
+        ("protected", if summary.protected { protected(summary) } else { "no".to_owned() }),
         ("read", render::bytes(point.read)),
         ("new", render::bytes(point.new)),
         ("stored", render::bytes(summary.stored)),
