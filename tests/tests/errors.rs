@@ -178,8 +178,10 @@ fn a_damaged_recovery_point_hides_no_other() {
     sandbox.ok(&["backup", "db", &disk]);
     fs::remove_dir_all(sandbox.path("state")).unwrap();
     let points = sandbox.json(&["points"]);
-    assert_eq!(points.as_array().unwrap().len(), 1);
+    assert_eq!(points.as_array().unwrap().len(), 2);
     assert_eq!(points[0]["machine"], "db");
+    assert_eq!(points[1]["id"], *damaged);
+    assert!(points[1]["damaged"].as_str().unwrap().contains("damaged"));
     let report = sandbox.run(&["verify", "--json"]);
     assert_eq!(report.status.code(), Some(3));
     assert!(String::from_utf8_lossy(&report.stdout).contains(&damaged));
