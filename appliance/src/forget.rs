@@ -200,10 +200,3 @@ fn from_point(title: &str, error: &PointError) -> Problem {
         PointError::Io { .. } => Problem::failed(title, error),
     }
 }
-
-impl Problem {
-    /// Looking at what protects points.
-    pub fn from_protections(error: &PointError) -> Problem {
-        from_point("cannot read what protects recovery points", error)
-    }
-}

@@ -17,6 +17,7 @@ fn filled() -> SimFolder {
     let repository = new_repository(&folder);
     let (first, _) = back_up(&repository, &mixed_disk(1, 900_000), None).expect("backs up");
     back_up(&repository, &mixed_disk(2, 400_000), Some(&first)).expect("backs up");
+    repository.protect(first.id, Some(2000), 1000).expect("protects");
     folder
 }
 
@@ -67,7 +68,7 @@ fn a_whole_repository_is_whole_without_its_key_and_nothing_is_written() {
 #[test]
 fn a_changed_byte_anywhere_is_found_when_the_data_is_read() {
     let folder = filled();
-    for dir in ["keys", "index", "points", "packs"] {
+    for dir in ["keys", "index", "points", "packs", "protected"] {
         for path in files(&folder, dir) {
             let end = len(&folder, &path);
             for at in [0, 12, end / 3, end / 2, end - 33, end - 1] {

@@ -24,7 +24,7 @@ use crate::index::build::describe_pack;
 use crate::index::read_table;
 use crate::index::run::{Location, Run};
 use crate::progress::Progress;
-use crate::repository::{Damage, OpenError, VerifyError, read_slot};
+use crate::repository::{Damage, OpenError, Protected, VerifyError, read_protection, read_slot};
 use crate::storage::{Object, ObjectKind};
 
 /// How often a listing that changes under our eyes is taken again.
@@ -95,6 +95,7 @@ impl Keyless {
         let mut packs = self.listed_packs()?;
         verifier.open_runs()?;
         verifier.check_points()?;
+        verifier.check_protections()?;
         let indexed = verifier.indexed();
         for pack in indexed.keys().filter(|pack| !packs.contains_key(pack)).copied().collect::<Vec<_>>() {
             // Stored since the listing, or missing.
@@ -193,6 +194,18 @@ impl Verifier<'_> {
                 },
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {} // dropped since the listing
                 Err(error) => self.note(object, format!("it cannot be read: {error}")),
+            }
+        }
+        Ok(())
+    }
+
+    fn check_protections(&mut self) -> Result<(), VerifyError> {
+        for object in self.list(ObjectKind::Protection, "protections")? {
+            let Object::Protection(point) = object else { continue };
+            match read_protection(&*self.keyless.storage, self.keyless.config.repository, point) {
+                Ok(Some(Protected::Damaged(problem))) => self.note(object, problem),
+                Ok(_) => {}
+                Err(error) => self.note(object, format!("it cannot be read: {}", chain(&error))),
             }
         }
         Ok(())

@@ -20,6 +20,7 @@ mod tests;
 
 pub use open::{InitError, OpenError};
 pub(crate) use open::{read_config, read_slot};
+pub(crate) use protect::read_protection;
 pub use protect::{PointError, Protected};
 pub use slots::{KeyError, KeySlot, Rotated, SlotKind, SlotState};
 pub use verify::{Affected, Damage, VerifyError, VerifyOptions, VerifyReport};

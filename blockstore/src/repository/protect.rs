@@ -10,8 +10,8 @@ use super::Repository;
 use crate::format::FormatError;
 use crate::format::point::{HEADER_LEN, MAX_PAYLOAD_LEN};
 use crate::format::protection::{PROTECTION_LEN, StoredProtection};
-use crate::id::RecoveryPointId;
-use crate::storage::{Object, ObjectKind};
+use crate::id::{RecoveryPointId, RepositoryId};
+use crate::storage::{Object, ObjectKind, Storage};
 
 /// How long a point is protected.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,29 +94,7 @@ impl Repository {
 
     /// The protection of a point, whether it has ended or not.
     pub fn protection(&self, point: RecoveryPointId) -> Result<Option<Protected>, PointError> {
-        let object = Object::Protection(point);
-        let bytes = match self.storage().get(&object, PROTECTION_LEN as u64) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
-                return Ok(Some(Protected::Damaged(FormatError::Length { part: "the protection" })));
-            }
-            Err(error) => return Err(PointError::io(object)(error)),
-        };
-        let checked = StoredProtection::decode(&bytes).and_then(|stored| {
-            if stored.repository != self.id() {
-                Err(FormatError::OtherRepository)
-            } else if stored.point != point {
-                Err(FormatError::Name)
-            } else {
-                Ok(stored)
-            }
-        });
-        Ok(Some(match checked {
-            Ok(StoredProtection { until_unix_s: None, .. }) => Protected::Always,
-            Ok(StoredProtection { until_unix_s: Some(until), .. }) => Protected::Until(until),
-            Err(error) => Protected::Damaged(error),
-        }))
+        read_protection(self.storage(), self.id(), point)
     }
 
     /// Protects a point until `until_unix_s`, or without end, in the place of what protected it before. Durable when it
@@ -210,6 +188,37 @@ impl Repository {
             Err(error) => Err(PointError::io(object)(error)),
         }
     }
+}
+
+/// The protection of a point, whether it has ended or not.
+pub(crate) fn read_protection(
+    storage: &dyn Storage,
+    repository: RepositoryId,
+    point: RecoveryPointId,
+) -> Result<Option<Protected>, PointError> {
+    let object = Object::Protection(point);
+    let bytes = match storage.get(&object, PROTECTION_LEN as u64) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+            return Ok(Some(Protected::Damaged(FormatError::Length { part: "the protection" })));
+        }
+        Err(error) => return Err(PointError::io(object)(error)),
+    };
+    let checked = StoredProtection::decode(&bytes).and_then(|stored| {
+        if stored.repository != repository {
+            Err(FormatError::OtherRepository)
+        } else if stored.point != point {
+            Err(FormatError::Name)
+        } else {
+            Ok(stored)
+        }
+    });
+    Ok(Some(match checked {
+        Ok(StoredProtection { until_unix_s: None, .. }) => Protected::Always,
+        Ok(StoredProtection { until_unix_s: Some(until), .. }) => Protected::Until(until),
+        Err(error) => Protected::Damaged(error),
+    }))
 }
 
 fn busy(error: io::Error) -> PointError {
