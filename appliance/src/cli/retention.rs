@@ -93,7 +93,8 @@ fn tell(result: &PruneResult, all: bool) {
 }
 
 fn tell_collect(stored: u64) {
-    render::line(&format!("`lifeboat collect` frees what no other point needs: up to {}", render::bytes(stored)));
+    let most = if stored > 0 { format!(": up to {}", render::bytes(stored)) } else { String::new() };
+    render::line(&format!("`lifeboat collect` frees what no other point needs{most}"));
 }
 
 pub async fn forget(door: &Door, global: &Global, args: &Forget) -> Result<(), Problem> {
