@@ -5,7 +5,7 @@ use std::path::Path;
 
 use blockstore::error::ReadError;
 use blockstore::overlay::OverlayError;
-use blockstore::{BackupError, InitError, KeyError, LeaseError, OpenError, RestoreError, VerifyError};
+use blockstore::{BackupError, CollectError, InitError, KeyError, LeaseError, OpenError, RestoreError, VerifyError};
 use images::TargetError;
 use nbd_server::ListenError;
 
@@ -198,6 +198,29 @@ impl Problem {
             RestoreError::Target { .. } | RestoreError::Threads(_) => Problem::failed(title, error),
             RestoreError::Cancelled => Problem::new(Kind::Failed, format!("the restore of {what} was cancelled"))
                 .hint("its target is as it was"),
+        }
+    }
+
+    /// Freeing space.
+    pub fn from_collect(error: &CollectError) -> Problem {
+        let title = "cannot collect";
+        match error {
+            CollectError::Read(cause) => Problem::from_read(title, cause),
+            CollectError::Write { .. } => {
+                Problem::failed(title, error).hint("what points need is untouched; the next collect goes on from here")
+            }
+            CollectError::Lease(_) => Problem::failed(title, error),
+            CollectError::InUse { .. } => Problem::because(Kind::Refused, title, error)
+                .hint("wait for it to end; if it is on a host that is gone, its lease ends by itself within 15 minutes"),
+            CollectError::Blocked(_) => Problem::because(Kind::Damage, title, error).hint(
+                "`lifeboat verify` says more; dropping a point that is beyond repair with `lifeboat forget` frees the rest; \
+                 a lease that cannot be read may be deleted when nobody works in the repository",
+            ),
+            CollectError::NoSuchPack { .. } => Problem::because(Kind::NotFound, title, error)
+                .hint("`lifeboat collect --explain` lists the packs that are not needed in full"),
+            CollectError::Ambiguous { .. } => Problem::because(Kind::Usage, title, error).hint("give more digits"),
+            CollectError::Cancelled => Problem::new(Kind::Failed, "the collect was cancelled")
+                .hint("what points need is untouched; the next collect goes on from here"),
         }
     }
 

@@ -7,6 +7,7 @@ pub mod capture;
 pub mod catalog;
 mod causes;
 pub mod cli;
+pub mod collect;
 pub mod disks;
 pub mod exports;
 pub mod files;

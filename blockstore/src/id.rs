@@ -99,6 +99,12 @@ id!(
     16
 );
 
+id!(
+    /// The random name of a batch of packs in quarantine.
+    BatchId,
+    16
+);
+
 impl ChunkId {
     /// The reserved id of the chunk, or subtree, that is all zeroes. Nothing is stored for it.
     pub const ZERO: ChunkId = ChunkId([0; 32]);

@@ -7,6 +7,7 @@
 
 pub mod backup;
 pub mod base;
+pub mod collect;
 pub mod disk;
 pub mod error;
 pub mod format;
@@ -30,9 +31,10 @@ mod uring;
 
 pub use backup::{Backup, BackupError, DiskStats, FileSource, PointDetails, Source};
 pub use base::{Base, Extent, Segment};
+pub use collect::{CollectError, CollectOptions, CollectReport, KeylessCollect};
 pub use error::ReadError;
 pub use format::FormatError;
-pub use id::{ChunkId, LeaseId, PackId, ParseIdError, RecoveryPointId, RepositoryId, RunId, SlotId};
+pub use id::{BatchId, ChunkId, LeaseId, PackId, ParseIdError, RecoveryPointId, RepositoryId, RunId, SlotId};
 pub use keyless::{Keyless, KeylessReport};
 pub use keys::{Protection, Secret};
 pub use lease::{Lease, LeaseError, LeaseKind, LeaseState};

@@ -27,7 +27,7 @@ use crate::problem::Problem;
 use crate::publish::ExportRequest;
 use crate::recovery::{RecoverRequest, RecoveryView};
 use crate::restore::{self, RestoreRequest};
-use crate::{inspect, verify};
+use crate::{collect, inspect, verify};
 
 /// What `/healthz` says: who answers, and for which repository.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +61,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/api/v1/points/{point}", get(show_point))
         .route("/api/v1/points/{point}/restore", post(restore_point))
         .route("/api/v1/verify", post(verify_repository))
+        .route("/api/v1/collect", post(collect_repository))
         .route("/api/v1/exports", post(export))
         .route("/api/v1/recoveries", get(list_recoveries).post(recover))
         .route("/api/v1/recoveries/{name}", get(show_recovery).delete(discard))
@@ -172,6 +173,18 @@ async fn verify_repository(
     let job = jobs.start("verify", subject, move |progress| {
         let result = verify::verify(&app.repository, point.as_ref(), request.read_data, progress)?;
         to_value(&result)
+    });
+    Ok(accepted(&job))
+}
+
+async fn collect_repository(
+    State(app): Shared,
+    Body(request): Body<collect::CollectRequest>,
+) -> Result<Response, Problem> {
+    request.options()?;
+    let jobs = app.jobs.clone();
+    let job = jobs.start("collect", "the repository".to_owned(), move |progress| {
+        to_value(&collect::collect(&app.repository, &request, progress)?)
     });
     Ok(accepted(&job))
 }

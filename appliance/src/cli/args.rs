@@ -111,6 +111,8 @@ pub enum Command {
     /// List, add, remove and rotate the keys that open the repository
     #[command(subcommand)]
     Key(Key),
+    /// Free the space of what no recovery point needs
+    Collect(Collect),
     /// Serve a recovery point's disks over NBD until interrupted
     Export(Export),
     /// Show what lies on the disks of a recovery point: volumes, directories, versions of a file
@@ -296,6 +298,29 @@ pub struct RemoveKey {
     /// The slot's label, or the beginning of its id
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub slot: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Packs that nothing needs wait in quarantine until their date, and until every backup that may have found their chunks\n\
+has ended; the next collect after that deletes them. It runs beside backups and recoveries, and may be interrupted at\n\
+any time. Without the passphrase or key file, `collect --dry-run` goes by what the last collect with it found.")]
+pub struct Collect {
+    /// Say what would be done; change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Show the packs that are not needed in full, or who needs the pack whose name begins with PACK; change nothing
+    #[arg(long, value_name = "PACK", num_args = 0..=1, default_missing_value = "")]
+    pub explain: Option<String>,
+    /// Do not wait for the dates of what is in quarantine; backups and readers are waited for all the same
+    #[arg(long)]
+    pub reclaim_now: bool,
+    /// How long packs stay in quarantine: 0, 30m, 24h, 7d [default: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = super::collect::parse_duration)]
+    pub quarantine: Option<u64>,
+    /// Repack packs of which less than this is needed, in per cent; 0 repacks nothing [default: 50]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub threshold: Option<u8>,
 }
 
 #[derive(Debug, Args)]

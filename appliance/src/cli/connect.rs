@@ -84,6 +84,11 @@ impl Door {
         }
     }
 
+    /// Whether a service answers that has opened the repository already.
+    pub async fn is_served(global: &Global) -> Result<bool, Problem> {
+        Ok(ask(&StateDir::new(global.options()?.state)).await.is_some())
+    }
+
     fn to_service(global: &Global, state: &StateDir, health: &Health) -> Result<Door, Problem> {
         let options = global.options()?;
         if options.repository.as_ref().is_some_and(|location| !location.is_empty()) {
@@ -179,6 +184,7 @@ fn describe(command: &Command) -> String {
         Command::Restore(args) => format!("restore {}", args.point),
         Command::Verify(_) => "verify".to_owned(),
         Command::Key(_) => "key".to_owned(),
+        Command::Collect(_) => "collect".to_owned(),
         Command::Export(args) => format!("export {}", args.point),
         Command::Ls(args) => format!("ls {}", args.place),
         Command::Cp(args) => format!("cp {}", args.places.first().map_or("", String::as_str)),

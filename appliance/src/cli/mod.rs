@@ -3,6 +3,7 @@
 mod args;
 mod backup;
 mod client;
+mod collect;
 mod connect;
 mod cp;
 mod export;
@@ -101,6 +102,9 @@ async fn run(cli: Cli) -> Result<(), Problem> {
     match command {
         Command::Init(init) => return initialise(&global, &init),
         Command::Serve(serve) => return service::serve(&global.options()?, serve.background).await,
+        Command::Collect(ref args) if collect::is_keyless(&global, args).await? => {
+            return collect::run_keyless(&global);
+        }
         _ => {}
     }
     let since = Instant::now();
@@ -128,6 +132,7 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Restore(args) => restore::run(door, global, args).await,
         Command::Verify(args) => verify::run(door, global, args).await,
         Command::Key(args) => keys::run(door, global, args).await,
+        Command::Collect(args) => collect::run(door, global, args).await,
         Command::Export(args) => export::run(door, global, args).await,
         Command::Ls(args) => files::ls(door, global, args).await,
         Command::Find(args) => files::find(door, global, args).await,

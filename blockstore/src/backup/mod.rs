@@ -217,6 +217,7 @@ impl<'s> Backup<'s> {
         let shared = Shared::new(read.fetcher.clone(), progress);
         let shared = Arc::new(shared.map_err(|source| BackupError::write("packs".to_owned(), source))?);
         let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let parent = parent.filter(|parent| is_listed(&read, parent));
         Ok(Backup {
             _merger: Merger::start(read.fetcher.index.clone()),
             read,
@@ -328,5 +329,17 @@ impl<'s> Backup<'s> {
         }
         info!(machine = self.machine, point = %point.id, stored = self.stats.stored_bytes, "recovery point written");
         Ok(point)
+    }
+}
+
+/// Whether a parent is still there, now that the lease is. One that is gone may have been collected: its chunks are
+/// looked up like any others.
+fn is_listed(read: &ReadShared, parent: &RecoveryPoint) -> bool {
+    match read.fetcher.storage.len(&Object::Point(parent.id)) {
+        Ok(_) => true,
+        Err(error) => {
+            warn!(parent = %parent.id, %error, "the parent is gone, the backup goes on without it");
+            false
+        }
     }
 }

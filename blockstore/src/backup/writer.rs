@@ -7,16 +7,18 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
 use tracing::warn;
 
 use super::BackupError;
+use crate::collect::quarantined_packs;
 use crate::format::pack::{PackKind, decode_pack};
 use crate::format::run::PackRow;
-use crate::id::{ChunkId, IdHash, PackId};
+use crate::id::{ChunkId, IdHash, PackId, RunId};
 use crate::index::build::{RunBuilder, describe_pack};
+use crate::index::run::Run;
 use crate::keys::random;
 use crate::pack::buffer::PackBuffer;
 use crate::pack::builder::{FinishedPack, PackBuilder, Payload};
@@ -36,8 +38,12 @@ const SHARDS: usize = 64;
 pub(crate) struct Shared {
     pub fetcher: Arc<Fetcher>,
     pub progress: Arc<Progress>,
-    /// Packs the index names but the storage does not have, or not at that length.
-    lost: HashSet<PackId>,
+    /// The runs there were when the backup began.
+    known: HashSet<RunId>,
+    /// Packs of these runs that are not there, or not at that length, or wait for their deletion.
+    unfit: HashSet<PackId>,
+    /// Packs that were named later, and whether they can be counted on.
+    later: RwLock<HashMap<PackId, bool>>,
     /// Ids this backup stores that the index does not know yet.
     claims: Vec<Mutex<HashSet<ChunkId, IdHash>>>,
     ledger: Mutex<RunBuilder>,
@@ -50,8 +56,11 @@ pub(crate) struct Shared {
 impl Shared {
     pub fn new(fetcher: Arc<Fetcher>, progress: Arc<Progress>) -> io::Result<Shared> {
         fetcher.damaged.load(&*fetcher.storage)?; // what other processes found, and what was put right
+        let (known, unfit) = look(&fetcher)?;
         Ok(Shared {
-            lost: lost_packs(&fetcher)?,
+            known,
+            unfit,
+            later: RwLock::default(),
             fetcher,
             progress,
             claims: (0..SHARDS).map(|_| Mutex::default()).collect(),
@@ -66,17 +75,32 @@ impl Shared {
     /// Whether a chunk is in a pack that exists and is not known to be damaged. What other packs held is stored anew
     /// while the source has it.
     pub fn is_stored(&self, id: &ChunkId) -> bool {
-        let index = &self.fetcher.index;
-        if self.trusts_all() {
-            return index.contains(id);
-        }
-        let gone = |pack| self.lost.contains(pack) || self.fetcher.damaged.contains(pack);
-        index.locate(id).iter().any(|location| !gone(&location.pack.pack))
+        let fit = &mut |run: &Run, pack: &PackId| self.is_fit(run, pack) && !self.fetcher.damaged.contains(pack);
+        self.fetcher.index.any(id, fit)
     }
 
-    /// Whether no pack is known to be missing, cut or damaged.
+    /// Whether a pack that a run names is there and will stay. One that a later run names is asked for: first whether it
+    /// is in quarantine, then whether it is there. When it is not in quarantine, then either it will not be deleted while
+    /// this backup has its lease, or it has been already. Without this, an index run that somebody rebuilt from packs
+    /// that collect deletes at the same time could be believed.
+    fn is_fit(&self, run: &Run, pack: &PackId) -> bool {
+        if self.known.contains(&run.id) {
+            return !self.unfit.contains(pack);
+        }
+        if let Some(fit) = self.later.read().unwrap_or_else(PoisonError::into_inner).get(pack) {
+            return *fit;
+        }
+        let fetcher = &self.fetcher;
+        let quarantined = quarantined_packs(&*fetcher.storage, fetcher.config.repository);
+        let fit =
+            quarantined.is_ok_and(|packs| !packs.contains(pack)) && fetcher.storage.len(&Object::Pack(*pack)).is_ok();
+        self.later.write().unwrap_or_else(PoisonError::into_inner).insert(*pack, fit);
+        fit
+    }
+
+    /// Whether no pack is known to be missing, cut, damaged or about to go.
     fn trusts_all(&self) -> bool {
-        self.lost.is_empty() && self.fetcher.damaged.is_empty()
+        self.unfit.is_empty() && self.fetcher.damaged.is_empty()
     }
 
     /// Whether a chunk that is as in the parent need not be looked up.
@@ -155,6 +179,7 @@ impl Shared {
         self.progress.add_stored(u64::from(len));
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
         let (row, entries) = describe_pack(id, &header, len, &frames);
+        self.later.write().unwrap_or_else(PoisonError::into_inner).insert(id, true);
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         ledger.add_pack(row, &entries);
         if ledger.len() >= SPILL_ENTRIES {
@@ -178,20 +203,26 @@ impl Shared {
     }
 }
 
-/// The packs that are named but not there. The names are taken first: a pack named later was stored before.
-fn lost_packs(fetcher: &Fetcher) -> io::Result<HashSet<PackId>> {
-    let named = fetcher.index.packs();
+/// The runs there are, and the packs they name that cannot be counted on. The quarantine is listed before the packs: a
+/// pack that left it in between is not listed any more. The runs are taken before both: a pack that a run names was stored
+/// before.
+fn look(fetcher: &Fetcher) -> io::Result<(HashSet<RunId>, HashSet<PackId>)> {
+    let runs = fetcher.index.runs();
+    let quarantined = quarantined_packs(&*fetcher.storage, fetcher.config.repository).map_err(io::Error::other)?;
     let listed: HashMap<Object, u64> =
         fetcher.storage.list(ObjectKind::Pack)?.into_iter().map(|listed| (listed.object, listed.len)).collect();
     let there = |row: &PackRow| listed.get(&Object::Pack(row.pack)) == Some(&u64::from(row.len));
-    let lost: HashSet<PackId> = named.iter().filter(|row| !there(row)).map(|row| row.pack).collect();
+    let named = || runs.iter().flat_map(|run| run.packs());
+    let lost: HashSet<PackId> = named().filter(|row| !there(row)).map(|row| row.pack).collect();
     if !lost.is_empty() {
         warn!(
             packs = lost.len(),
             "packs are missing or cut: what they held is stored anew where the source still has it"
         );
     }
-    Ok(lost)
+    let dying = named().map(|row| row.pack).filter(|pack| quarantined.contains(pack));
+    let unfit = lost.iter().copied().chain(dying).collect();
+    Ok((runs.iter().map(|run| run.id).collect(), unfit))
 }
 
 /// The single writer of a backup: appends frames in the order it is given them.

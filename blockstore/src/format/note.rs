@@ -10,6 +10,10 @@ use crate::id::RepositoryId;
 
 /// First bytes of a lease.
 pub const LEASE: [u8; 8] = *b"LBOATLS1";
+/// First bytes of a quarantine object.
+pub const QUARANTINE: [u8; 8] = *b"LBOATQR1";
+/// First bytes of a collect's summary.
+pub const LIVENESS: [u8; 8] = *b"LBOATLV1";
 /// Length of the header.
 pub const HEADER_LEN: usize = 64;
 /// Longest text.

@@ -8,7 +8,7 @@ use crate::id::ChunkId;
 
 /// Runs with their least and greatest ids, by layer.
 #[derive(Debug, Default)]
-pub(super) struct Layers(Vec<Vec<(ChunkId, ChunkId, Arc<Run>)>>);
+pub(crate) struct Layers(Vec<Vec<(ChunkId, ChunkId, Arc<Run>)>>);
 
 impl Layers {
     /// As few layers as the runs' spans allow. Runs without entries are in none.

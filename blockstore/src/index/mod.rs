@@ -4,14 +4,14 @@
 //! and repairing put a new set in its place.
 
 pub(crate) mod build;
-mod layers;
+pub(crate) mod layers;
 mod merge;
 mod repair;
 pub(crate) mod run;
+mod without;
 
 pub(crate) use repair::read_table;
 
-use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -19,7 +19,6 @@ use tracing::warn;
 
 use crate::error::ReadError;
 use crate::format::FormatError;
-use crate::format::run::PackRow;
 use crate::id::{ChunkId, PackId, RepositoryId, RunId};
 use crate::storage::{Object, ObjectKind, Storage};
 use build::RunBuilder;
@@ -130,10 +129,16 @@ impl Index {
         self.current().generation
     }
 
-    /// Whether a chunk or node is stored.
+    /// Whether a chunk or node is said to be anywhere.
+    #[cfg(test)]
     pub fn contains(&self, id: &ChunkId) -> bool {
-        let set = self.set.read().unwrap_or_else(PoisonError::into_inner);
-        set.layers.holding(id).any(|run| run.contains(id))
+        self.any(id, &mut |_, _| true)
+    }
+
+    /// Whether a chunk or node stands in a pack that `accept` accepts, given the run that says so.
+    pub fn any(&self, id: &ChunkId, accept: &mut dyn FnMut(&Run, &PackId) -> bool) -> bool {
+        let set = self.current();
+        set.layers.holding(id).any(|run| run.any(id, &mut |pack| accept(run, pack)))
     }
 
     /// Where a chunk or node is said to be.
@@ -206,14 +211,6 @@ impl Index {
             }
             return Ok(loaded);
         }
-    }
-
-    /// The packs named by any run.
-    pub fn packs(&self) -> Vec<PackRow> {
-        let mut seen: HashSet<PackId> = HashSet::new();
-        let set = self.current();
-        let rows = set.runs.iter().flat_map(|run| run.packs());
-        rows.filter(|row| seen.insert(row.pack)).collect()
     }
 }
 

@@ -10,7 +10,7 @@ use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::pack::{MAX_PACK_LEN, PackKind};
 use crate::format::run::{Entry, Layout, PackRow, RawEntry};
-use crate::id::{ChunkId, RepositoryId, RunId};
+use crate::id::{ChunkId, PackId, RepositoryId, RunId};
 use crate::mapping::Mapping;
 use crate::storage::{Object, Storage};
 
@@ -99,6 +99,7 @@ impl Run {
     }
 
     /// Whether there is an entry for an id.
+    #[cfg(test)]
     pub fn contains(&self, id: &ChunkId) -> bool {
         !self.range(id).is_empty()
     }
@@ -128,7 +129,14 @@ impl Run {
         (end <= pack.len && pack.len <= MAX_PACK_LEN && level_fits).then_some(Location { pack, entry })
     }
 
-    fn range(&self, id: &ChunkId) -> Range<usize> {
+    /// Whether an id has a place in a pack that `accept` accepts.
+    pub fn any(&self, id: &ChunkId, accept: &mut dyn FnMut(&PackId) -> bool) -> bool {
+        let found = self.entries().get(self.range(id)).unwrap_or_default();
+        found.iter().filter_map(|raw| self.location(raw)).any(|location| accept(&location.pack.pack))
+    }
+
+    /// Which entries are of an id.
+    pub fn range(&self, id: &ChunkId) -> Range<usize> {
         match self.span {
             Some((first, last)) if first <= *id && *id <= last => {}
             _ => return 0..0,

@@ -97,7 +97,7 @@ impl LeaseState {
     }
 
     /// Whether it may be a backup's, which may rely on any chunk it found when it began.
-    pub fn may_write(&self) -> bool {
+    pub(crate) fn may_write(&self) -> bool {
         !self.verdict.is_stale() && self.record.as_ref().is_none_or(|record| record.kind == LeaseKind::Backup)
     }
 }

@@ -68,6 +68,11 @@ impl Fetcher {
         Node::new(bytes).ok_or(ReadError::MissingChunk { chunk: *id }) // decoded to this length: cannot fail
     }
 
+    /// The bytes of a manifest node.
+    pub fn node_bytes(&self, id: &ChunkId, level: u8) -> Result<Bytes, ReadError> {
+        self.get(id, Wanted::Node { level })
+    }
+
     fn get(&self, id: &ChunkId, wanted: Wanted) -> Result<Bytes, ReadError> {
         let mut tries = 0;
         loop {

@@ -71,7 +71,7 @@ impl Repository {
         Repository { shared, opened_by: Arc::new(Mutex::new(opened_by)) }
     }
 
-    fn fetcher(&self) -> &Fetcher {
+    pub(crate) fn fetcher(&self) -> &Fetcher {
         &self.shared.fetcher
     }
 

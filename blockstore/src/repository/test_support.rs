@@ -137,6 +137,7 @@ impl Target for MemoryTarget {
 }
 
 /// Numbers that look random; the same seed gives the same.
+#[derive(Debug)]
 pub struct Numbers(pub u64);
 
 impl Numbers {

@@ -19,7 +19,8 @@ use crate::mapping::Mapping;
 /// Packs kept open for reading.
 const OPEN_FILES: usize = 256;
 /// Names an unfinished init may leave besides temporary files and key slots: empty directories.
-const DIRECTORIES: [&str; 8] = ["keys", "packs", "index", "points", "damaged", "leases", "protected", "tmp"];
+const DIRECTORIES: [&str; 9] =
+    ["keys", "packs", "index", "points", "damaged", "leases", "protected", "quarantine", "tmp"];
 const TMP: &str = "tmp";
 const LOCK: &str = "lock";
 /// How long somebody else may hold it, and how often that is looked at.
@@ -207,6 +208,7 @@ impl Storage for LocalStorage {
             ObjectKind::DamagedPack => vec![PathBuf::from("damaged")],
             ObjectKind::Lease => vec![PathBuf::from("leases")],
             ObjectKind::Protection => vec![PathBuf::from("protected")],
+            ObjectKind::Quarantine => vec![PathBuf::from("quarantine")],
         };
         let mut listed = Vec::new();
         for dir in dirs {
@@ -272,7 +274,7 @@ impl Storage for LocalStorage {
         if !only_lock || !known || !self.folder.list_dirs(Path::new("packs"))?.is_empty() {
             return Ok(false);
         }
-        for dir in ["packs", "index", "points", "damaged", "leases", "protected"] {
+        for dir in ["packs", "index", "points", "damaged", "leases", "protected", "quarantine"] {
             if !self.folder.list(Path::new(dir))?.is_empty() {
                 return Ok(false);
             }

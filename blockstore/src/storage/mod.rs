@@ -11,7 +11,7 @@ use std::io;
 
 use bytes::Bytes;
 
-use crate::id::{LeaseId, PackId, RecoveryPointId, RunId, SlotId};
+use crate::id::{BatchId, LeaseId, PackId, RecoveryPointId, RunId, SlotId};
 use crate::lease::{Surroundings, System};
 use crate::mapping::Mapping;
 
@@ -36,6 +36,10 @@ pub enum Object {
     Lease(LeaseId),
     /// What protects a recovery point.
     Protection(RecoveryPointId),
+    /// A note of packs that wait for their deletion.
+    Quarantine(BatchId),
+    /// A note of what the last collect knew.
+    Liveness,
 }
 
 /// The kinds of objects that can be listed.
@@ -55,6 +59,8 @@ pub enum ObjectKind {
     Lease,
     /// Protections of recovery points.
     Protection,
+    /// Batches of packs that wait for their deletion.
+    Quarantine,
 }
 
 /// An object and its length.
@@ -82,6 +88,8 @@ impl Object {
             Object::DamagedPack(id) => format!("damaged/{id}"),
             Object::Lease(id) => format!("leases/{id}"),
             Object::Protection(id) => format!("protected/{id}"),
+            Object::Quarantine(id) => format!("quarantine/{id}"),
+            Object::Liveness => "liveness".to_owned(),
         }
     }
 
@@ -95,6 +103,7 @@ impl Object {
             ObjectKind::DamagedPack => name.parse().ok().map(Object::DamagedPack),
             ObjectKind::Lease => name.parse().ok().map(Object::Lease),
             ObjectKind::Protection => name.parse().ok().map(Object::Protection),
+            ObjectKind::Quarantine => name.parse().ok().map(Object::Quarantine),
         }
     }
 }
@@ -110,6 +119,8 @@ impl fmt::Display for Object {
             Object::DamagedPack(_) => write!(out, "marker {}", self.path()),
             Object::Lease(_) => write!(out, "lease {}", self.path()),
             Object::Protection(_) => write!(out, "protection {}", self.path()),
+            Object::Quarantine(_) => write!(out, "quarantine object {}", self.path()),
+            Object::Liveness => out.write_str("summary `liveness`"),
         }
     }
 }
@@ -203,6 +214,8 @@ mod tests {
             Object::DamagedPack(PackId([3; 32])),
             Object::Lease(LeaseId([4; 16])),
             Object::Protection(RecoveryPointId([4; 32])),
+            Object::Quarantine(BatchId([5; 16])),
+            Object::Liveness,
         ]
         .map(|object| object.path());
         let pack = format!("packs/cd/{}", "cd".repeat(32));
@@ -213,7 +226,9 @@ mod tests {
         let marker = format!("damaged/{}", "03".repeat(32));
         let protection = format!("protected/{}", "04".repeat(32));
         let lease = format!("leases/{}", "04".repeat(16));
-        assert_eq!(paths, ["repository".to_owned(), slot, pack, run, damaged, point, marker, lease, protection]);
+        let batch = format!("quarantine/{}", "05".repeat(16));
+        let (config, liveness) = ("repository".to_owned(), "liveness".to_owned());
+        assert_eq!(paths, [config, slot, pack, run, damaged, point, marker, lease, protection, batch, liveness]);
     }
 
     #[test]
