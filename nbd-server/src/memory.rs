@@ -66,7 +66,7 @@ impl MemoryExport {
         self
     }
 
-    /// Answers no read on the connection's own task, as an export does whose data is not in memory.
+    /// Answers no read and takes no write on the connection's own task, as an export does whose data is not in memory.
     pub fn not_resident(mut self) -> MemoryExport {
         self.resident = false;
         self
@@ -225,6 +225,10 @@ impl Export for MemoryExport {
             self.change(&span, |page| page.copy_from_slice(part));
         }
         Ok(())
+    }
+
+    fn write_resident(&self, offset: u64, data: &[u8]) -> Option<Result<(), ExportError>> {
+        self.resident.then(|| self.write(offset, data))
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), ExportError> {
