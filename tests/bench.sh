@@ -4,6 +4,7 @@
 #
 #   BENCH_PARTS     of `store nbd open boot` (all)      BENCH_ROUNDS   repetitions, of which the median counts (3)
 #   BENCH_SIZE      of the image made of /usr (3G)      BENCH_SECONDS  for each run of fio (3)
+#   BENCH_SHORT=1   one round, runs of one second: whether all of it works, and a first look
 #   BENCH_COLD=1    drop the page cache before each step of `store`; as root, and it slows everyone on the machine
 #
 # Images are kept in target/bench, everything else is removed at the end. The tables also go to target/bench/report.md.
@@ -13,8 +14,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 lifeboat=$(readlink -f "${LIFEBOAT_BIN:?the program to measure}")
 guests=${LIFEBOAT_GUESTS:?the folder of the test guests}
 parts=${BENCH_PARTS:-store nbd open boot}
-rounds=${BENCH_ROUNDS:-3}
-seconds=${BENCH_SECONDS:-3}
+short=${BENCH_SHORT:-}
+rounds=${BENCH_ROUNDS:-${short:+1}}
+rounds=${rounds:-3}
+seconds=${BENCH_SECONDS:-${short:+1}}
+seconds=${seconds:-3}
 size=$(numfmt --from=iec "${BENCH_SIZE:-3G}")
 kept=${CARGO_TARGET_DIR:-$here/../target}/bench
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin

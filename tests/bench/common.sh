@@ -158,22 +158,23 @@ new_repository() {
     "$lifeboat" init "$@" >/dev/null
 }
 
-# start_export STATE ARGUMENTS...: sets pid and uri, and how long it took until the export was served.
+# start_export STATE ARGUMENTS...: sets pid and uri, and how long it took until the export was served. Listens on a Unix
+# socket, or where `listen` says.
 start_export() {
     local state=$1 log began
     shift
     mkdir -p "$state"
     log=$(mktemp "$place/export.XXXXXX")
     began=$(now)
-    LIFEBOAT_STATE=$state "$lifeboat" export "$@" --listen "unix:$sockets/$(basename "$log")" >"$log" 2>&1 &
+    LIFEBOAT_STATE=$state "$lifeboat" export "$@" --listen "${listen:-unix:$sockets/$(basename "$log")}" >"$log" 2>&1 &
     pid=$!
     started+=("$pid")
-    until grep -q '^.*nbd+unix://' "$log"; do
+    until grep -qE 'nbd(\+unix)?://' "$log"; do
         kill -0 "$pid" 2>/dev/null || { cat "$log" >&2; die "lifeboat export has failed"; }
         sleep 0.002
     done
     served_after=$(since "$began")
-    uri=$(grep -o 'nbd+unix://[^" ]*' "$log" | sed -n 1p)
+    uri=$(grep -oE 'nbd(\+unix)?://[^" ]*' "$log" | sed -n 1p)
 }
 
 memory_peak_mib() { awk '/^VmHWM/ { print $2 / 1024 }' "/proc/$1/status"; }

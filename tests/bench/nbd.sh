@@ -1,5 +1,5 @@
-# Serving over NBD: fio's nbd engine on one connection over a Unix socket, against Lifeboat and other servers of the same
-# image. Rounds are interleaved, so that a busy moment of the machine falls on all. Sourced by bench.sh.
+# Serving over NBD: fio's nbd engine on one connection over a Unix socket, or TCP on loopback where a server's name says
+# so, against Lifeboat and other servers of the same image. Rounds are interleaved, so that a busy moment of the machine falls on all. Sourced by bench.sh.
 
 readonly WARM=$((256 * 1024 * 1024)) # less than the chunk cache of 512 MiB
 
@@ -10,6 +10,8 @@ fio_options() {
         randread-32 | cold-32) echo '--rw=randread --bs=4k --iodepth=32' ;;
         cold-1) echo '--rw=randread --bs=4k --iodepth=1' ;;
         seqread-8) echo '--rw=read --bs=256k --iodepth=8' ;;
+        randwrite-1) echo '--rw=randwrite --bs=4k --iodepth=1' ;;
+        mixed-32) echo '--rw=randrw --rwmixread=70 --bs=4k --iodepth=32' ;;
         randwrite-32 | rewrite-32) echo '--rw=randwrite --bs=4k --iodepth=32' ;;
         randwrite-32-fsync | rewrite-32-fsync) echo "--read_iolog=$place/iolog --replay_no_stall=1 --bs=4k --iodepth=32" ;;
     esac
@@ -20,6 +22,8 @@ test_title() {
         randread-1) echo 'warm 4 KiB random read, QD 1' ;;
         randread-32) echo 'warm 4 KiB random read, QD 32' ;;
         seqread-8) echo 'warm 256 KiB sequential read, QD 8' ;;
+        randwrite-1) echo '4 KiB random write, QD 1' ;;
+        mixed-32) echo '4 KiB random, 70 % reads, 30 % writes, QD 32' ;;
         randwrite-32) echo '4 KiB random write, QD 32' ;;
         randwrite-32-fsync) echo '4 KiB random write, QD 32, fsync every 32' ;;
         rewrite-32) echo '4 KiB random rewrite, QD 32' ;;
@@ -29,12 +33,37 @@ test_title() {
     esac
 }
 
+# A port of loopback that is free now. Below those that are handed out for connections.
+free_port() {
+    local port
+    while port=$((20000 + RANDOM % 10000)); do
+        if ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then echo "$port"; return; fi
+    done
+}
+
+# start_lifeboat [VARIABLE=VALUE...]: an export in an environment of its own. LIFEBOAT_PASSPHRASE= leaves it out.
+start_lifeboat() {
+    local LIFEBOAT_REPO=$LIFEBOAT_REPO LIFEBOAT_PASSPHRASE=$LIFEBOAT_PASSPHRASE LIFEBOAT_CACHE=${LIFEBOAT_CACHE:-} listen=
+    if [ $# -gt 0 ]; then local "$@"; fi
+    export LIFEBOAT_REPO LIFEBOAT_PASSPHRASE LIFEBOAT_CACHE
+    [ -n "$LIFEBOAT_PASSPHRASE" ] || unset LIFEBOAT_PASSPHRASE
+    [ -n "$LIFEBOAT_CACHE" ] || unset LIFEBOAT_CACHE
+    start_export "$place/nbd-state.$RANDOM$RANDOM" vm
+}
+
 # Starts a server of its own: sets pid and uri, or fails where this machine cannot run it.
 start_server() {
-    local socket=$sockets/nbd.$RANDOM$RANDOM tries
+    local socket=$sockets/nbd.$RANDOM$RANDOM port tries
+    port=$(free_port)
     uri="nbd+unix:///?socket=$socket"
+    if [[ $1 == *', TCP' ]]; then uri="nbd://127.0.0.1:$port"; fi
     case $1 in
-        lifeboat) start_export "$place/nbd-state.$RANDOM$RANDOM" vm; return ;;
+        lifeboat) start_lifeboat; return ;;
+        'lifeboat, not encrypted') start_lifeboat "LIFEBOAT_REPO=$place/nbd-plain" LIFEBOAT_PASSPHRASE=; return ;;
+        'lifeboat, cache off') start_lifeboat LIFEBOAT_CACHE=0; return ;;
+        'lifeboat, TCP') start_lifeboat "listen=tcp:127.0.0.1:$port"; return ;;
+        'nbdkit file, TCP') nbdkit -f -i 127.0.0.1 -p "$port" file "$image" & ;;
+        'qemu-nbd raw, threads, TCP') qemu-nbd -t -e 8 -b 127.0.0.1 -p "$port" -f raw -r --aio=threads "$image" & ;;
         'nbdkit file') nbdkit -f -U "$socket" file "$image" & ;;
         'nbdkit null') nbdkit -f -U "$socket" null "$size" & ;;
         'nbdkit cow') nbdkit -f -U "$socket" --filter=cow file "$image" & ;;
@@ -49,7 +78,7 @@ start_server() {
     pid=$!
     started+=("$pid")
     for tries in $(seq 200); do
-        if [ -S "$socket" ] && nbdinfo --size "$uri" >/dev/null 2>&1; then return 0; fi
+        if nbdinfo --size "$uri" >/dev/null 2>&1; then return 0; fi
         kill -0 "$pid" 2>/dev/null || break
         sleep 0.02
     done
@@ -90,11 +119,13 @@ run_fio() {
     fi
     after=$(processor_ticks "$server")
     [[ $test != *write* ]] || side=write
-    total=$(jq ".jobs[0].$side.total_ios" "$place/fio.json")
-    note "$key.iops" "$(jq ".jobs[0].$side.iops" "$place/fio.json")"
-    note "$key.rate" "$(jq ".jobs[0].$side.bw_bytes / 1e6" "$place/fio.json")"
+    # Of mixed ones the rate is that of both sides, the latency that of reads.
+    total=$(jq '.jobs[0] | .read.total_ios + .write.total_ios' "$place/fio.json")
+    note "$key.iops" "$(jq '.jobs[0] | .read.iops + .write.iops' "$place/fio.json")"
+    note "$key.rate" "$(jq '.jobs[0] | (.read.bw_bytes + .write.bw_bytes) / 1e6' "$place/fio.json")"
     note "$key.p50" "$(jq ".jobs[0].$side.clat_ns.percentile[\"50.000000\"] / 1000" "$place/fio.json")"
     note "$key.p99" "$(jq ".jobs[0].$side.clat_ns.percentile[\"99.000000\"] / 1000" "$place/fio.json")"
+    note "$key.p999" "$(jq ".jobs[0].$side.clat_ns.percentile[\"99.900000\"] / 1000" "$place/fio.json")"
     note "$key.processor" "$(calculate "($after - $before) / $(getconf CLK_TCK) * 1e6 / ($total ? $total : 1)")"
 }
 
@@ -102,7 +133,8 @@ run_fio() {
 measure_warm_reads() {
     local round name test seed=0 names=()
     local -A pids uris
-    for name in lifeboat 'nbdkit file' 'nbdkit null' 'qemu-nbd raw, threads' 'qemu-nbd raw, io_uring'; do
+    for name in lifeboat 'lifeboat, not encrypted' 'nbdkit file' 'nbdkit null' 'qemu-nbd raw, threads' \
+        'qemu-nbd raw, io_uring' 'lifeboat, TCP' 'nbdkit file, TCP' 'qemu-nbd raw, threads, TCP'; do
         start_server "$name" || continue
         names+=("$name"); pids[$name]=$pid; uris[$name]=$uri
         # Twice, so that a cache that wants to see something again before it keeps it has seen it again.
@@ -151,6 +183,11 @@ measure_nbd() {
     new_repository nbd
     say "nbd: backing the image up"
     "$lifeboat" backup vm "disk0=$image" >/dev/null
+    (
+        unset LIFEBOAT_PASSPHRASE
+        new_repository nbd-plain --no-encryption
+        "$lifeboat" backup vm "disk0=$image" >/dev/null
+    )
     # Where the image has data, past the first tables of inodes.
     warm_from=$((size / 4 / BLOCK * BLOCK))
     measure_warm_reads
@@ -159,10 +196,10 @@ measure_nbd() {
     length=$((size / 4 * 3))
     export LIFEBOAT_CACHE=16M # next to nothing: every read fetches, decrypts and decompresses
     for test in cold-1 cold-32; do
-        measure_fresh "$test" "$from" "$length" lifeboat 'qemu-nbd zstd qcow2'
+        measure_fresh "$test" "$from" "$length" lifeboat 'lifeboat, not encrypted' 'lifeboat, cache off' 'qemu-nbd zstd qcow2'
     done
     unset LIFEBOAT_CACHE
-    for test in randwrite-32 randwrite-32-fsync; do
+    for test in randwrite-1 randwrite-32 randwrite-32-fsync mixed-32; do
         measure_fresh "$test" "$from" "$length" lifeboat 'nbdkit cow' 'qemu-nbd qcow2 overlay'
     done
     for test in rewrite-32 rewrite-32-fsync; do
@@ -171,21 +208,24 @@ measure_nbd() {
 }
 
 report_nbd() {
-    local test name key rate ours unit
-    printf '\n## NBD: fio, one connection over a Unix socket, %s s a run\n\n' "$seconds"
+    local test name key rate ours
+    printf '\n## NBD: fio, one connection, %s s a run\n\n' "$seconds"
     {
-        printf 'test\tserver\trate\tp50 us\tp99 us\tserver CPU us/op\tLifeboat is faster by\n'
-        for test in randread-1 randread-32 seqread-8 cold-1 cold-32 randwrite-32 randwrite-32-fsync rewrite-32 rewrite-32-fsync; do
-            unit='IOPS'; rate=iops
-            if [ "$test" = seqread-8 ]; then unit='MB/s'; rate=rate; fi
-            ours=$(median "$test.lifeboat.$rate")
-            for name in lifeboat 'nbdkit file' 'nbdkit null' 'nbdkit cow' 'qemu-nbd raw, threads' 'qemu-nbd raw, io_uring' \
-                'qemu-nbd qcow2 overlay' 'qemu-nbd zstd qcow2'; do
+        printf 'test\tserver\tIOPS\tMB/s\tp50 us\tp99 us\tp99.9 us\tserver CPU us/op\tLifeboat is faster by\n'
+        for test in randread-1 randread-32 seqread-8 cold-1 cold-32 randwrite-1 randwrite-32 randwrite-32-fsync mixed-32 \
+            rewrite-32 rewrite-32-fsync; do
+            rate=iops
+            if [ "$test" = seqread-8 ]; then rate=rate; fi
+            for name in lifeboat 'lifeboat, not encrypted' 'lifeboat, cache off' 'nbdkit file' 'nbdkit null' 'nbdkit cow' \
+                'qemu-nbd raw, threads' 'qemu-nbd raw, io_uring' 'qemu-nbd qcow2 overlay' 'qemu-nbd zstd qcow2' \
+                'lifeboat, TCP' 'nbdkit file, TCP' 'qemu-nbd raw, threads, TCP'; do
                 key=$test.${name// /_}
                 [ -n "$(median "$key.$rate")" ] || continue
-                printf '%s\t%s\t%s %s\t%s\t%s\t%s\t%s\n' "$(test_title "$test")" "$name" "$(shown "$key.$rate" %.0f)" "$unit" \
-                    "$(shown "$key.p50" %.0f)" "$(shown "$key.p99" %.0f)" "$(shown "$key.processor" %.1f)" \
-                    "$([ "$name" = lifeboat ] || [ -z "$ours" ] || calculate "$ours / $(median "$key.$rate")" %.2fx)"
+                ours=$(median "$test.lifeboat$([[ $name != *', TCP' ]] || echo ,_TCP).$rate")
+                printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$(test_title "$test")" "$name" \
+                    "$(shown "$key.iops" %.0f)" "$(shown "$key.rate" %.0f)" "$(shown "$key.p50" %.0f)" \
+                    "$(shown "$key.p99" %.0f)" "$(shown "$key.p999" %.0f)" "$(shown "$key.processor" %.1f)" \
+                    "$([[ $name = lifeboat* ]] || [ -z "$ours" ] || calculate "$ours / $(median "$key.$rate")" %.2fx)"
             done
         done
     } | table
