@@ -1,5 +1,5 @@
-//! Fuzz targets for everything that reads bytes it cannot trust: what stands on disk, what comes from a socket, and
-//! foreign images.
+//! Fuzz targets for everything that reads bytes it cannot trust: what stands on disk, what comes from a socket, foreign
+//! images, and the partition tables and file systems in them.
 //!
 //! A target takes any bytes and must come back: it panics when a promise is broken, and the fuzzer finds panics,
 //! overflows, hangs and large allocations. Where a checksum or a name stands in the way of mutated bytes, the target
@@ -13,6 +13,7 @@ mod overlay;
 mod recovery;
 mod repository;
 pub mod seal;
+mod volumes;
 
 /// Something to fuzz.
 #[derive(Debug)]
@@ -41,6 +42,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "nbd-replies", run: nbd::client::replies, seeds: nbd::client::replies_seeds },
     Target { name: "nbd-uri", run: nbd::uri, seeds: nbd::uri_seeds },
     Target { name: "image", run: images::run, seeds: images::seeds },
+    Target { name: "volumes", run: volumes::run, seeds: volumes::seeds },
 ];
 
 /// Takes what it needs from the front of an input; zeroes when there is no more.
