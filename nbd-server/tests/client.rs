@@ -22,6 +22,11 @@ fn options() -> ClientOptions {
 /// Accepts one client, gives it an export of 1 MiB with structured replies, and sends `answer` after its first
 /// request.
 fn scripted(answer: Vec<u8>) -> (tempfile::TempDir, NbdUri) {
+    scripted_with(answer, 28)
+}
+
+/// The same; a request of 32 bytes is one with extended headers.
+fn scripted_with(answer: Vec<u8>, request: usize) -> (tempfile::TempDir, NbdUri) {
     let folder = tempfile::tempdir().expect("a folder");
     let socket = folder.path().join("s");
     let listener = UnixListener::bind(&socket).expect("free");
@@ -42,12 +47,13 @@ fn scripted(answer: Vec<u8>) -> (tempfile::TempDir, NbdUri) {
             if go {
                 client.write_all(&reply(3, &[0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 1])).expect("sent");
             }
-            client.write_all(&reply(1, &[])).expect("sent");
+            let refused = option == [0, 0, 0, 11] && request == 28;
+            client.write_all(&reply(if refused { (1 << 31) + 1 } else { 1 }, &[])).expect("sent");
             if go {
                 break;
             }
         }
-        client.read_exact(&mut [0; 28]).expect("a request");
+        client.read_exact(&mut vec![0; request]).expect("a request");
         client.write_all(&answer).expect("sent");
         let _ = client.read(&mut [0; 1]); // until the client leaves
     });
@@ -218,5 +224,69 @@ fn the_client_works_with_nbdkit_and_qemu_nbd() {
     let (path, image) = (socket.to_str().expect("plain"), image.to_str().expect("plain"));
     if let Some(_server) = Foreign::start("qemu-nbd", &["-t", "-f", "raw", "-x", "d", "-k", path, image], &socket) {
         exercise(&NbdUri::unix(&socket, &name("d")));
+    }
+}
+
+/// A chunk with extended headers, the last of its reply.
+fn extended(kind: u16, cookie: u8, length: u64, payload: &[u8]) -> Vec<u8> {
+    let head = [0x6e, 0x8a, 0x27, 0x8c, 0, 1];
+    let cookie = [0, 0, 0, 0, 0, 0, 0, cookie];
+    [&head[..], &kind.to_be_bytes(), &cookie, &[0; 8], &length.to_be_bytes(), payload].concat()
+}
+
+#[test]
+fn extended_replies_are_understood_and_hostile_ones_are_not_believed() {
+    let data = extended(1, 0, 8 + 4096, &[&[0; 8][..], &[7; 4096]].concat());
+    let (_folder, uri) = scripted_with(data, 32);
+    let client = BlockingClient::connect(&uri, &options()).expect("a good handshake");
+    let mut buffer = [0; 4096];
+    client.read(0, &mut buffer).expect("complete");
+    assert_eq!(buffer, [7; 4096]);
+    let cases = [
+        (extended(1, 0, u64::MAX, &[0; 8]), Violation::Coverage),
+        (extended(2, 0, 13, &[0; 13]), Violation::Length),
+        (extended(0x8001, 0, u64::MAX, &[]), Violation::Length),
+        (extended(6, 0, 1 << 40, &[]), Violation::Length),
+        (extended(6, 0, 24, &[&[0, 0, 0, 1, 0, 0, 0, 9][..], &[0; 16]].concat()), Violation::Length),
+        (extended(6, 0, 24, &[&[0, 0, 0, 1, 0, 0, 0, 1][..], &[0xff; 16]].concat()), Violation::Flags),
+        (extended(1, 1, 8, &[0; 8]), Violation::Cookie),
+        (chunk(1, 0, 0, 0, &[]), Violation::Magic(0x668e_33ef)),
+    ];
+    for (answer, violation) in cases {
+        let (_folder, uri) = scripted_with(answer, 32);
+        let client = BlockingClient::connect(&uri, &options()).expect("a good handshake");
+        match client.read(0, &mut buffer) {
+            Err(ClientError::Protocol(found)) => assert_eq!(found, violation),
+            other => panic!("{violation:?}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_request_that_is_not_answered_in_time_ends_the_connection() {
+    let (_folder, uri) = scripted(Vec::new());
+    let options = ClientOptions { request_timeout: Duration::from_millis(50), ..options() };
+    let client = BlockingClient::connect(&uri, &options).expect("a good handshake");
+    for _ in 0..2 {
+        assert!(matches!(client.read(0, &mut [0; 512]), Err(ClientError::NoAnswer { .. })));
+    }
+}
+
+#[test]
+fn effects_beyond_four_gibibytes_are_one_request_with_extended_headers() {
+    let disk = Arc::new(MemoryExport::new(20 << 30));
+    let server = Running::start(Arc::clone(&disk) as Arc<dyn nbd_server::Export>);
+    let client = BlockingClient::connect(&server.uri(), &options()).expect("it listens");
+    client.write(19 << 30, b"here").expect("in range");
+    let extents = client.block_status(0, 20 << 30).expect("in range");
+    assert_eq!((extents[0].length, extents[0].kind), (19 << 30, ExtentKind::Hole));
+    client.write_zeroes(0, 20 << 30, ZeroMode::MayPunch).expect("in range");
+    client.trim(0, 20 << 30).expect("in range");
+    let mut back = [1; 4];
+    client.read(19 << 30, &mut back).expect("in range");
+    assert_eq!(back, [0; 4]);
+    let statistics = server.table.statistics(&name("disk")).expect("there");
+    for operation in [nbd_server::Operation::WriteZeroes, nbd_server::Operation::Trim] {
+        assert_eq!(statistics.count(operation).requests, 1);
     }
 }

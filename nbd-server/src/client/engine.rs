@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -12,12 +13,14 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::handshake::Agreed;
 use super::pending::{Answer, Expected};
-use super::{ClientError, Violation};
+use super::{ClientError, ClientOptions, Violation};
 use crate::limits::MAX_EXTENTS;
 use crate::stream::Stream;
+use crate::transmission::HeaderStyle;
 use crate::wire::{
-    Errno, REPLY_FLAG_DONE, REQUEST_MAGIC, RawDescriptor, RawError, RawHole, RawRequest, SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC, command, reply_type,
+    EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC, Errno, REPLY_FLAG_DONE, REQUEST_MAGIC, RawDescriptor, RawError,
+    RawExtendedDescriptor, RawExtendedRequest, RawHole, RawRequest, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+    command, command_flag, reply_type,
 };
 
 /// Input buffer; longer payloads go straight to their place.
@@ -30,6 +33,7 @@ pub(super) struct Engine {
     shared: Arc<Shared>,
     outgoing: mpsc::Sender<Outgoing>,
     slots: Arc<Semaphore>,
+    timeout: Duration,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -55,18 +59,47 @@ struct InFlight {
 }
 
 struct Outgoing {
-    header: RawRequest,
+    header: Head,
     payload: Bytes,
 }
 
+enum Head {
+    Compact(RawRequest),
+    Extended(RawExtendedRequest),
+    Disconnect(HeaderStyle),
+}
+
+impl Outgoing {
+    fn bytes(&self) -> Vec<u8> {
+        match &self.header {
+            Head::Compact(raw) => raw.as_bytes().to_vec(),
+            Head::Extended(raw) => raw.as_bytes().to_vec(),
+            Head::Disconnect(HeaderStyle::Extended) => {
+                let (magic, command) = (U32::new(EXTENDED_REQUEST_MAGIC), U16::new(command::DISC));
+                RawExtendedRequest { magic, command, ..FromZeros::new_zeroed() }.as_bytes().to_vec()
+            }
+            Head::Disconnect(_) => {
+                let (magic, command) = (U32::new(REQUEST_MAGIC), U16::new(command::DISC));
+                RawRequest { magic, command, ..FromZeros::new_zeroed() }.as_bytes().to_vec()
+            }
+        }
+    }
+}
+
 impl Engine {
-    pub(super) fn start(stream: Stream, agreed: Agreed, requests: usize) -> Engine {
-        let requests = requests.clamp(1, Semaphore::MAX_PERMITS);
+    pub(super) fn start(stream: Stream, agreed: Agreed, options: &ClientOptions) -> Engine {
+        let requests = options.requests.clamp(1, Semaphore::MAX_PERMITS);
         let shared = Arc::new(Shared { stream, agreed, table: Mutex::default() });
         let (outgoing, queue) = mpsc::channel(requests.min(1024));
         let send = tokio::spawn(send(Arc::clone(&shared), queue));
         let receive = tokio::spawn(receive(Arc::clone(&shared)));
-        Engine { shared, outgoing, slots: Arc::new(Semaphore::new(requests)), tasks: [send, receive] }
+        Engine {
+            shared,
+            outgoing,
+            slots: Arc::new(Semaphore::new(requests)),
+            timeout: options.request_timeout,
+            tasks: [send, receive],
+        }
     }
 
     pub(super) fn agreed(&self) -> &Agreed {
@@ -84,17 +117,49 @@ impl Engine {
         expected: Expected,
     ) -> Result<Answer, ClientError> {
         let slot = Arc::clone(&self.slots).acquire_owned().await.map_err(|_| ClientError::Lost(None))?;
-        let length = u32::try_from(length).map_err(|_| ClientError::Range { offset, length })?;
+        let short = u32::try_from(length);
+        if self.agreed().style != HeaderStyle::Extended && short.is_err() {
+            return Err(ClientError::Range { offset, length });
+        }
         let (done, answer) = oneshot::channel();
         let cookie = self.shared.insert(InFlight { expected, done, _slot: slot })?;
-        let header = RawRequest {
-            magic: U32::new(REQUEST_MAGIC),
-            flags: U16::new(flags),
-            command: U16::new(command),
-            cookie: U64::new(cookie),
-            offset: U64::new(offset),
-            length: U32::new(length),
+        let (command, cookie_field, offset) = (U16::new(command), U64::new(cookie), U64::new(offset));
+        let header = match (self.agreed().style, short) {
+            (HeaderStyle::Simple | HeaderStyle::Structured, Ok(length)) => Head::Compact(RawRequest {
+                magic: U32::new(REQUEST_MAGIC),
+                flags: U16::new(flags),
+                command,
+                cookie: cookie_field,
+                offset,
+                length: U32::new(length),
+            }),
+            _ => Head::Extended(RawExtendedRequest {
+                magic: U32::new(EXTENDED_REQUEST_MAGIC),
+                flags: U16::new(if payload.is_empty() { flags } else { flags | command_flag::PAYLOAD_LEN }),
+                command,
+                cookie: cookie_field,
+                offset,
+                length: U64::new(length),
+            }),
         };
+        let answered = self.answered(header, payload, cookie, answer);
+        match tokio::time::timeout(self.timeout, answered).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let error = ClientError::NoAnswer { after: self.timeout };
+                self.shared.end(error.clone());
+                Err(error)
+            }
+        }
+    }
+
+    async fn answered(
+        &self,
+        header: Head,
+        payload: Bytes,
+        cookie: u64,
+        answer: oneshot::Receiver<Result<Answer, ClientError>>,
+    ) -> Result<Answer, ClientError> {
         // If this future is dropped while it waits for the queue, nothing was sent and the entry must go.
         let mut guard = Unsent { shared: &self.shared, cookie: Some(cookie) };
         if self.outgoing.send(Outgoing { header, payload }).await.is_err() {
@@ -107,8 +172,7 @@ impl Engine {
 
     /// Sends DISC after what is queued, and ends the connection.
     pub(super) async fn disconnect(&self) {
-        let header =
-            RawRequest { magic: U32::new(REQUEST_MAGIC), command: U16::new(command::DISC), ..FromZeros::new_zeroed() };
+        let header = Head::Disconnect(self.agreed().style);
         if self.outgoing.send(Outgoing { header, payload: Bytes::new() }).await.is_ok() {
             // The sender ends after DISC and drops its queue.
             self.outgoing.closed().await;
@@ -174,8 +238,8 @@ impl Shared {
 /// Sends whole requests; never cancelled half-way but by the end of the connection.
 async fn send(shared: Arc<Shared>, mut queue: mpsc::Receiver<Outgoing>) {
     while let Some(outgoing) = queue.recv().await {
-        let last = outgoing.header.command.get() == command::DISC;
-        if let Err(error) = send_one(&shared.stream, outgoing.header.as_bytes(), &outgoing.payload).await {
+        let last = matches!(outgoing.header, Head::Disconnect(_));
+        if let Err(error) = send_one(&shared.stream, &outgoing.bytes(), &outgoing.payload).await {
             shared.end(ClientError::Lost(Some(Arc::new(error))));
             return;
         }
@@ -242,8 +306,19 @@ impl Receiver<'_> {
     async fn reply(&mut self) -> Result<(), Failure> {
         let magic: U32 = self.value().await?;
         match magic.get() {
-            SIMPLE_REPLY_MAGIC => self.simple().await,
-            STRUCTURED_REPLY_MAGIC if self.shared.agreed.structured => self.chunk().await,
+            SIMPLE_REPLY_MAGIC if self.style() != HeaderStyle::Extended => self.simple().await,
+            STRUCTURED_REPLY_MAGIC if self.style() == HeaderStyle::Structured => {
+                let (flags, kind): (U16, U16) = (self.value().await?, self.value().await?);
+                let (cookie, length): (U64, U32) = (self.value().await?, self.value().await?);
+                self.chunk(flags.get(), kind.get(), cookie.get(), length.get() as usize).await
+            }
+            EXTENDED_REPLY_MAGIC if self.style() == HeaderStyle::Extended => {
+                let (flags, kind): (U16, U16) = (self.value().await?, self.value().await?);
+                let (cookie, _offset): (U64, U64) = (self.value().await?, self.value().await?);
+                let length: U64 = self.value().await?;
+                let length = usize::try_from(length.get()).map_err(|_| Violation::Length)?;
+                self.chunk(flags.get(), kind.get(), cookie.get(), length).await
+            }
             other => Err(Violation::Magic(u64::from(other)).into()),
         }
     }
@@ -256,7 +331,7 @@ impl Receiver<'_> {
     }
 
     async fn simple_answer(&mut self, error: u32, expected: &mut Expected) -> Result<(), Failure> {
-        if expected.is_read() && self.shared.agreed.structured {
+        if expected.is_read() && self.style().is_structured() {
             return Err(Violation::ReplyType(reply_type::NONE).into());
         }
         if error != 0 {
@@ -267,13 +342,15 @@ impl Receiver<'_> {
         Ok(())
     }
 
-    async fn chunk(&mut self) -> Result<(), Failure> {
-        let (flags, kind): (U16, U16) = (self.value().await?, self.value().await?);
-        let (cookie, length): (U64, U32) = (self.value().await?, self.value().await?);
-        let mut request = self.take(cookie.get())?;
-        let done = flags.get() & REPLY_FLAG_DONE != 0;
-        let result = self.chunk_payload(kind.get(), length.get() as usize, done, &mut request.expected).await;
-        self.settle(cookie.get(), request, result.map(|()| done))
+    fn style(&self) -> HeaderStyle {
+        self.shared.agreed.style
+    }
+
+    async fn chunk(&mut self, flags: u16, kind: u16, cookie: u64, length: usize) -> Result<(), Failure> {
+        let mut request = self.take(cookie)?;
+        let done = flags & REPLY_FLAG_DONE != 0;
+        let result = self.chunk_payload(kind, length, done, &mut request.expected).await;
+        self.settle(cookie, request, result.map(|()| done))
     }
 
     async fn chunk_payload(
@@ -307,6 +384,21 @@ impl Receiver<'_> {
                 let descriptors = <[RawDescriptor]>::ref_from_bytes(rest).map_err(|_| Violation::Length)?;
                 let extents = descriptors.iter().map(|raw| (u64::from(raw.length.get()), raw.flags.get()));
                 expected.describe(context.get(), extents)?;
+            }
+            reply_type::BLOCK_STATUS_EXT if self.style() == HeaderStyle::Extended => {
+                let payload = self.control(length).await?;
+                let (context, rest) = U32::ref_from_prefix(&payload).map_err(|_| Violation::Length)?;
+                let (count, rest) = U32::ref_from_prefix(rest).map_err(|_| Violation::Length)?;
+                let descriptors = <[RawExtendedDescriptor]>::ref_from_bytes(rest).map_err(|_| Violation::Length)?;
+                if usize::try_from(count.get()) != Ok(descriptors.len()) {
+                    return Err(Violation::Length.into());
+                }
+                let extent = |raw: &RawExtendedDescriptor| {
+                    let flags = u32::try_from(raw.flags.get()).map_err(|_| Violation::Flags)?;
+                    Ok((raw.length.get(), flags))
+                };
+                let extents: Vec<(u64, u32)> = descriptors.iter().map(extent).collect::<Result<_, Violation>>()?;
+                expected.describe(context.get(), extents.into_iter())?;
             }
             kind if kind & reply_type::ERROR_BIT != 0 => {
                 let payload = self.control(length).await?;

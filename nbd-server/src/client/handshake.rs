@@ -11,6 +11,7 @@ use crate::export::BlockSize;
 use crate::limits::{MAX_CONTEXTS, MAX_PAYLOAD};
 use crate::name::ExportName;
 use crate::stream::Stream;
+use crate::transmission::HeaderStyle;
 use crate::uri::NbdUri;
 use crate::wire::{
     EXPORT_NAME_PADDING, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, RawExportNameAnswer, RawGreeting, RawOption,
@@ -29,7 +30,7 @@ pub(super) struct Agreed {
     pub(super) size: u64,
     pub(super) flags: u16,
     pub(super) block_size: BlockSize,
-    pub(super) structured: bool,
+    pub(super) style: HeaderStyle,
     /// Selected contexts with the numbers replies use.
     pub(super) contexts: Vec<(u32, String)>,
 }
@@ -64,8 +65,8 @@ pub(super) async fn negotiate(
         stream.start_tls(connection).await.map_err(failed)?;
     }
     let stream: &Stream = stream;
-    let structured = ask(stream, option::STRUCTURED_REPLY, &[]).await?.refusal.is_none();
-    let selected = if structured { select(stream, export, contexts).await? } else { Vec::new() };
+    let style = settle_style(stream).await?;
+    let selected = if style.is_structured() { select(stream, export, contexts).await? } else { Vec::new() };
     let mut data = Vec::new();
     string(&mut data, export.as_str());
     data.extend_from_slice(U16::new(1).as_bytes());
@@ -73,13 +74,25 @@ pub(super) async fn negotiate(
     let answers = ask(stream, option::GO, &data).await?;
     let (size, flags, block_size) = match answers.refusal {
         None => facts(&answers.replies)?,
-        Some(refusal) if refusal.kind == option_reply::ERR_UNSUP => {
+        Some(refusal) if refusal.kind == option_reply::ERR_UNSUP && style != HeaderStyle::Extended => {
             let (size, flags) = old_form(stream, export, no_zeroes).await?;
             (size, flags, default_sizes())
         }
         Some(refusal) => return Err(ClientError::Refused { export: export.to_string(), refusal }),
     };
-    Ok(Agreed { size, flags, block_size, structured, contexts: selected })
+    Ok(Agreed { size, flags, block_size, style, contexts: selected })
+}
+
+/// The best that the server has.
+async fn settle_style(stream: &Stream) -> Result<HeaderStyle, ClientError> {
+    for (kind, style) in
+        [(option::EXTENDED_HEADERS, HeaderStyle::Extended), (option::STRUCTURED_REPLY, HeaderStyle::Structured)]
+    {
+        if ask(stream, kind, &[]).await?.refusal.is_none() {
+            return Ok(style);
+        }
+    }
+    Ok(HeaderStyle::Simple)
 }
 
 /// Exchanges greetings; returns whether padding is left out.

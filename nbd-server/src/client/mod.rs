@@ -23,13 +23,15 @@ use crate::export::{BlockSize, ContextExtent, Extent, ExtentKind, ZeroMode};
 use crate::limits::MAX_PAYLOAD;
 use crate::stream::Stream;
 use crate::tls::TlsError;
+use crate::transmission::HeaderStyle;
 use crate::uri::{Endpoint, NbdUri};
 use crate::wire::{BASE_ALLOCATION, Errno, command, command_flag, state, transmission_flag};
 use engine::Engine;
 use handshake::Agreed;
 use pending::{Answer, Expected};
 
-/// Longest effect of one request without payload: a multiple of every block size, and safely below 32 bits.
+/// Longest effect of one request without payload in a compact header: a multiple of every block size, and safely below
+/// 32 bits.
 const MAX_EFFECT: u64 = 1 << 30;
 
 /// How a client connects and what it asks for.
@@ -41,6 +43,8 @@ pub struct ClientOptions {
     pub connect_timeout: Duration,
     /// Requests in flight; more wait.
     pub requests: usize,
+    /// How long the answer to one request may take before the connection is given up.
+    pub request_timeout: Duration,
 }
 
 impl Default for ClientOptions {
@@ -49,6 +53,7 @@ impl Default for ClientOptions {
             contexts: vec![BASE_ALLOCATION.to_owned()],
             connect_timeout: Duration::from_secs(10),
             requests: 64,
+            request_timeout: Duration::from_secs(120),
         }
     }
 }
@@ -106,6 +111,12 @@ pub enum ClientError {
     /// The connection was lost; what was in flight may or may not have been carried out.
     #[error("the connection to the server is lost")]
     Lost(#[source] Option<Arc<io::Error>>),
+    /// The answer to a request did not come in time; the connection is gone, and it may have been carried out or not.
+    #[error("the server did not answer within {} s", .after.as_secs())]
+    NoAnswer {
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// The server answered with an error.
     #[error("the server answers with {0:?}")]
     Server(Errno),
@@ -159,6 +170,9 @@ pub enum Violation {
     /// A length contradicts the type of the reply or the request.
     #[error("reply of a wrong length")]
     Length,
+    /// A metadata context says more than it may.
+    #[error("a metadata context has more than 32 flags")]
+    Flags,
     /// Data outside the request, twice, or missing.
     #[error("the data of a read does not cover it exactly once")]
     Coverage,
@@ -184,7 +198,7 @@ impl Client {
                 }
             };
             let agreed = handshake::negotiate(&mut stream, uri, tls, &options.contexts).await?;
-            Ok(Client { engine: Arc::new(Engine::start(stream, agreed, options.requests)) })
+            Ok(Client { engine: Arc::new(Engine::start(stream, agreed, options)) })
         };
         tokio::time::timeout(options.connect_timeout, connecting)
             .await
@@ -324,7 +338,7 @@ impl Client {
         self.check(offset, length)?;
         let (mut at, mut left) = (offset, length);
         while left > 0 {
-            let part = left.min(MAX_EFFECT);
+            let part = left.min(self.effect_max());
             self.engine.request(command, flags, at, part, Bytes::new(), Expected::nothing()).await?;
             at += part;
             left -= part;
@@ -353,7 +367,7 @@ impl Client {
     ) -> Result<Vec<ContextExtent>, ClientError> {
         self.check(offset, length)?;
         let id = self.context_id(context).ok_or(ClientError::NotOffered("this metadata context"))?;
-        let length = length.min(MAX_EFFECT);
+        let length = length.min(self.effect_max());
         if length == 0 {
             return Ok(Vec::new());
         }
@@ -377,6 +391,10 @@ impl Client {
     /// Largest read or write in one request.
     pub fn payload_max(&self) -> usize {
         self.agreed().block_size.maximum.min(MAX_PAYLOAD) as usize
+    }
+
+    fn effect_max(&self) -> u64 {
+        if self.agreed().style == HeaderStyle::Extended { u64::MAX } else { MAX_EFFECT }
     }
 
     fn context_id(&self, name: &str) -> Option<u32> {
