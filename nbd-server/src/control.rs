@@ -1,6 +1,6 @@
 //! Ending connections from outside: a [`Control`] per connection, a [`Registry`] per export and per listener.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -104,6 +104,43 @@ impl Registry {
 
     fn lock(&self) -> MutexGuard<'_, Members> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Connections that are still in their handshake, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct HalfOpen(Mutex<BTreeMap<u64, Arc<Control>>>);
+
+/// A handshake; over when dropped.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    half_open: Arc<HalfOpen>,
+    number: u64,
+}
+
+impl HalfOpen {
+    pub(crate) fn enter(self: &Arc<HalfOpen>, number: u64, control: &Arc<Control>) -> Opening {
+        self.lock().insert(number, Arc::clone(control));
+        Opening { half_open: Arc::clone(self), number }
+    }
+
+    /// Tells the oldest to end; false if there is none.
+    pub(crate) fn end_oldest(&self) -> bool {
+        let oldest = self.lock().pop_first();
+        oldest.is_some_and(|(_, control)| {
+            control.stop();
+            true
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Control>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        self.half_open.lock().remove(&self.number);
     }
 }
 

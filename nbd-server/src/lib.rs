@@ -44,7 +44,7 @@ pub use listen::{Listen, ListenError, MAX_SOCKET_PATH};
 pub use memory::{MemoryExport, WRITTEN_CONTEXT};
 pub use name::{ExportName, MAX_NAME, NameError};
 pub use server::{Listener, Server};
-pub use statistics::{Count, OPERATIONS, Operation, Statistics};
+pub use statistics::{Count, LATENCY_BOUNDS_US, Latency, OPERATIONS, Operation, Statistics};
 pub use table::{Access, AddError, ExportTable, Retirement};
 pub use tls::{ClientCertificates, ClientName, TlsClient, TlsError, TlsServer};
 pub use uri::{Endpoint, NbdUri, UriError, UriTls};

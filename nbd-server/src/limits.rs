@@ -24,7 +24,8 @@ pub const MAX_EXTENTS: usize = 8000;
 /// Bounds of a server. The defaults suit a host with some dozens of machines.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections at once; one more is closed at once, so that a leak in a client cannot use up file descriptors.
+    /// Connections at once, so that a leak in a client cannot use up file descriptors. One more takes the place of the
+    /// oldest that is still in its handshake, or is closed at once.
     pub connections: usize,
     /// Requests in flight on one connection. QEMU keeps 16, libnbd 64; beyond, the socket is the queue.
     pub requests_per_connection: usize,
@@ -33,7 +34,8 @@ pub struct Limits {
     pub bytes_per_connection: usize,
     /// Payload in flight over all connections, in bytes, at least [`MAX_PAYLOAD`].
     pub bytes: usize,
-    /// Export operations that block at the same time, over all connections: threads.
+    /// Export operations that block at the same time, over all connections: threads. An export gets no more of them
+    /// than it leaves to others, so one alone has half.
     pub operations: usize,
     /// From accept to the first request: a half-open handshake must not hold a place.
     pub handshake: Duration,
@@ -50,7 +52,7 @@ impl Default for Limits {
             requests_per_connection: 128,
             bytes_per_connection: 64 << 20,
             bytes: 512 << 20,
-            operations: 64,
+            operations: 128,
             handshake: Duration::from_secs(10),
             stall: Duration::from_secs(30),
             goodbye: Duration::from_secs(5),

@@ -5,9 +5,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use tracing::Instrument;
 
-use crate::control::{Control, Membership, Registry};
+use crate::control::{Control, HalfOpen, Membership, Registry};
 use crate::handshake::negotiate;
 use crate::limits::Limits;
 use crate::listen::{self, Listen, ListenError, PlainTcp, Socket};
@@ -20,6 +21,12 @@ use crate::uri::{NbdUri, UriTls};
 
 /// Pause after a failed accept: out of file descriptors, it would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A client that has gone without a word is noticed after this long, so that it does not keep its place for ever. One
+/// that is there and asks for nothing may stay: a guest can be idle for days.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 6;
 
 /// Serves the exports of a table. One server may listen on several sockets; its limits hold for all of them together,
 /// but for the number of connections, which counts for each listener.
@@ -87,6 +94,7 @@ impl Listener {
     /// flight, flushes the exports that can be written to, removes the socket's file, and returns.
     pub async fn serve(self, shutdown: impl Future) {
         let connections: Arc<Registry> = Arc::default();
+        let half_open: Arc<HalfOpen> = Arc::default();
         let Listener { server, socket, local } = self;
         tracing::info!(listen = %local, "serving NBD");
         {
@@ -100,7 +108,7 @@ impl Listener {
                 match accepted {
                     Ok(stream) => {
                         number += 1;
-                        server.start(stream, &connections, number);
+                        server.start(stream, &connections, &half_open, number);
                     }
                     Err(error) => {
                         tracing::warn!(listen = %local, %error, "cannot accept a connection");
@@ -118,18 +126,33 @@ impl Listener {
 }
 
 impl Server {
-    fn start(&self, stream: Stream, connections: &Arc<Registry>, number: u64) {
+    /// A new client takes the place of the oldest that is still in its handshake, if there is no other: whoever only
+    /// connects keeps nobody out.
+    fn start(&self, stream: Stream, connections: &Arc<Registry>, half_open: &Arc<HalfOpen>, number: u64) {
         let control = Arc::new(Control::default());
-        let Some(membership) = connections.join(&control, self.shared.limits.connections) else {
-            tracing::warn!(max = self.shared.limits.connections, "too many connections, closing the newest");
+        let max = self.shared.limits.connections;
+        let membership = connections.join(&control, max).or_else(|| {
+            tracing::warn!(max, "too many connections, closing the oldest that is still in its handshake");
+            // What is told to end does so at once; the bound is for the moment until then.
+            half_open.end_oldest().then(|| connections.join(&control, max.saturating_mul(2))).flatten()
+        });
+        let Some(membership) = membership else {
+            tracing::warn!(max, "too many connections, closing the newest");
             return;
         };
+        let opening = half_open.enter(number, &control);
         let span = tracing::info_span!("nbd", connection = number);
         let server = self.clone();
-        tokio::spawn(async move { server.connection(stream, control, membership).await }.instrument(span));
+        tokio::spawn(async move { server.connection(stream, control, membership, opening).await }.instrument(span));
     }
 
-    async fn connection(self, mut stream: Stream, control: Arc<Control>, membership: Membership) {
+    async fn connection(
+        self,
+        mut stream: Stream,
+        control: Arc<Control>,
+        membership: Membership,
+        opening: crate::control::Opening,
+    ) {
         let negotiated = tokio::select! {
             () = control.stopped() => return,
             negotiated = tokio::time::timeout(
@@ -149,6 +172,7 @@ impl Server {
                 return;
             }
         };
+        drop(opening);
         let name = outcome.negotiated.published.name.clone();
         tracing::debug!(export = %name, style = ?outcome.negotiated.style, "connected");
         let connection = Connection::new(stream, control, outcome.negotiated);
@@ -178,7 +202,10 @@ async fn accept(socket: &Socket) -> io::Result<Stream> {
         Socket::Unix { listener, .. } => Ok(Stream::unix(listener.accept().await?.0)),
         Socket::Tcp(listener) => {
             let (stream, _) = listener.accept().await?;
-            rustix::net::sockopt::set_socket_keepalive(&stream, true)?; // a vanished client must not stay for ever
+            sockopt::set_socket_keepalive(&stream, true)?;
+            sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
+            sockopt::set_tcp_keepintvl(&stream, KEEPALIVE_INTERVAL)?;
+            sockopt::set_tcp_keepcnt(&stream, KEEPALIVE_PROBES)?;
             Stream::tcp(stream)
         }
     }

@@ -1,6 +1,7 @@
 //! [`ExportTable`]: which exports exist, by name, and the end of each.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::control::Registry;
@@ -12,6 +13,8 @@ use crate::stream::Stream;
 use crate::tls::{ClientName, Session};
 use crate::transmission::HeaderStyle;
 use crate::wire::{BASE_ALLOCATION, transmission_flag};
+
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
 
 /// The exports of one or several servers. Exports come and go while connections live.
 #[derive(Default)]
@@ -61,6 +64,8 @@ pub enum Access {
 
 /// An export as connections see it: what never changes is asked once.
 pub(crate) struct Published {
+    /// Tells exports of this process apart, whatever their table and name.
+    pub(crate) number: u64,
     pub(crate) name: ExportName,
     pub(crate) export: Arc<dyn Export>,
     access: Access,
@@ -76,6 +81,12 @@ pub(crate) struct Published {
 /// An export that is no longer in the table, while connections may still end.
 pub struct Retirement {
     published: Arc<Published>,
+}
+
+impl std::fmt::Debug for ExportTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.list()).finish()
+    }
 }
 
 impl ExportTable {
@@ -179,6 +190,7 @@ impl Published {
             }
         }
         Ok(Published {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             name,
             access,
             size: export.size(),

@@ -290,3 +290,30 @@ fn memory_over_all_connections_is_bounded_and_a_stalled_client_gives_way() {
     assert_eq!(other.read(0, 0, 8 << 20).map(|data| data.len()), Ok(8 << 20));
     until("the stalled client is disconnected", || server.table.connections(&name("disk")) == Some(1));
 }
+
+#[test]
+fn an_export_that_hangs_takes_nothing_from_others() {
+    let hanging = Arc::new(Scripted::default());
+    let server = Running::with_limits(
+        Arc::clone(&hanging) as Arc<dyn Export>,
+        Limits { operations: 8, requests_per_connection: 64, ..Limits::default() },
+    );
+    let good = Arc::new(MemoryExport::from_bytes(&[7; 4096]).not_resident());
+    server.table.add(name("good"), good).expect("free");
+    let mut stuck: Vec<_> = (0..4).map(|_| server.open(Style::Structured)).collect();
+    for raw in &mut stuck {
+        (0..50).for_each(|cookie| raw.request(0, 0, cookie, 0, 4096, &[]));
+    }
+    until("half of the threads hang", || hanging.inside.load(Ordering::SeqCst) == 4);
+    let mut raw = server.connect();
+    raw.greet(3);
+    assert_eq!(raw.option(7, &common::go("good", &[])).last().map(|reply| reply.0), Some(1));
+    for _ in 0..100 {
+        assert_eq!(raw.read(0, 0, 4096), Ok(vec![7; 4096]));
+    }
+    assert_eq!(hanging.inside_max.load(Ordering::SeqCst), 4);
+    hanging.open_gate();
+    for raw in &mut stuck {
+        (0..50).for_each(|_| assert_eq!(raw.chunk(0).kind, 1));
+    }
+}

@@ -19,7 +19,7 @@ use super::stall::StallWatch;
 use crate::control::Membership;
 use crate::dispatch::Job;
 use crate::export::Piece;
-use crate::statistics::Outcome;
+use crate::statistics::{Operation, Outcome};
 
 /// Input buffer: 9,300 requests without payload, or 63 writes of 4 KiB. Larger payloads are read in place.
 const INPUT: usize = 256 << 10;
@@ -193,7 +193,8 @@ impl Task {
     /// Submits the turn's answers and starts its jobs.
     fn flush_turn(&mut self) {
         if !self.jobs.is_empty() {
-            self.shared.dispatcher.submit(self.jobs.drain(..));
+            let share = self.connection.negotiated.published.number;
+            self.shared.dispatcher.submit(share, self.jobs.drain(..));
         }
         let (reads, bytes) = std::mem::take(&mut self.resident);
         if reads > 0 {
@@ -371,7 +372,9 @@ impl Task {
         let published = &self.connection.negotiated.published;
         let Some(result) = published.export.write_resident(request.offset, payload) else { return false };
         self.start += length;
-        if began.elapsed() > SLOW {
+        let took = began.elapsed();
+        published.statistics.record_latency(Operation::Write, took);
+        if took > SLOW {
             self.slow_until = Some(began + SLOW_FOR);
         }
         record(published, request, if result.is_ok() { Outcome::Done } else { Outcome::Failed });
@@ -388,7 +391,8 @@ impl Task {
         let connection = Arc::clone(&self.connection);
         connection.requests.fetch_add(1, Ordering::SeqCst);
         connection.bytes.fetch_add(held(&request), Ordering::SeqCst);
-        self.jobs.push(Box::new(move || connection.perform(&request, payload, permit)));
+        let since = Instant::now();
+        self.jobs.push(Box::new(move || connection.perform(&request, since, payload, permit)));
     }
 
     fn refuse(&mut self, header: &Header, refusal: Refusal) {

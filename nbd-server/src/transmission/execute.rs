@@ -22,7 +22,7 @@ pub(crate) fn errno(error: ExportError) -> Errno {
 }
 
 /// How the request is counted; `None` for what never reaches an export.
-fn operation(command: Command) -> Option<Operation> {
+pub(super) fn operation(command: Command) -> Option<Operation> {
     match command {
         Command::Read { .. } => Some(Operation::Read),
         Command::Write => Some(Operation::Write),

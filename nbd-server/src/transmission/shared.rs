@@ -4,10 +4,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::execute::{execute, record};
+use super::execute::{execute, operation, record};
 use super::outbox::{Outbox, Sent};
 use super::reply::{Batch, Reply};
 use super::request::{Command, Request};
@@ -84,7 +85,13 @@ impl Connection {
     }
 
     /// Runs on a dispatcher thread.
-    pub(super) fn perform(&self, request: &Request, payload: Vec<u8>, permit: Option<OwnedSemaphorePermit>) {
+    pub(super) fn perform(
+        &self,
+        request: &Request,
+        since: Instant,
+        payload: Vec<u8>,
+        permit: Option<OwnedSemaphorePermit>,
+    ) {
         let mut batch = Batch::default();
         let published = &self.negotiated.published;
         let caught = catch_unwind(AssertUnwindSafe(|| {
@@ -96,6 +103,9 @@ impl Connection {
             batch.clear(); // nothing is submitted before the call has returned
             self.reply(&mut batch, request.cookie, request.offset).error(Errno::Io, "internal error");
             record(published, request, Outcome::Failed);
+        }
+        if let Some(operation) = operation(request.command) {
+            published.statistics.record_latency(operation, since.elapsed());
         }
         self.keep_buffer(payload);
         if let (Command::Read { .. }, Some(permit)) = (request.command, permit) {
