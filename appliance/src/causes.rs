@@ -7,7 +7,8 @@ use blockstore::error::ReadError;
 use blockstore::overlay::OverlayError;
 use blockstore::{BackupError, CollectError, InitError, KeyError, LeaseError, OpenError, RestoreError, VerifyError};
 use images::TargetError;
-use nbd_server::ListenError;
+use nbd_server::tls::pki::PkiError;
+use nbd_server::{ListenError, TlsError};
 
 use crate::problem::{Kind, Problem};
 
@@ -74,9 +75,8 @@ impl Problem {
             ListenError::Syntax(_) | ListenError::PathTooLong { .. } | ListenError::NotASocket { .. } => {
                 Problem::because(Kind::Usage, title, error)
             }
-            ListenError::NotLoopback(_) => {
-                Problem::because(Kind::Refused, title, error).hint("listen on unix:PATH or tcp:127.0.0.1:PORT")
-            }
+            ListenError::NotLoopback(_) => Problem::because(Kind::Refused, title, error)
+                .hint("listen on unix:PATH or tcp:127.0.0.1:PORT, serve with TLS (--tls-dir), or give --insecure-tcp"),
             ListenError::AddressInUse(_) => Problem::because(Kind::Refused, title, error)
                 .hint("choose another path or port; port 0 takes a free one"),
             ListenError::Io { .. } => Problem::failed(title, error),
@@ -118,6 +118,35 @@ impl Problem {
             images::OpenError::Io { .. }
             | images::OpenError::Unsupported { .. }
             | images::OpenError::Damaged { .. } => Problem::failed(title, error),
+        }
+    }
+
+    /// Reading the certificates for TLS.
+    pub fn from_tls(dir: &Path, error: &TlsError) -> Problem {
+        let title = format!("cannot use the certificates in {}", dir.display());
+        match error {
+            TlsError::Read { source, .. } if source.kind() == ErrorKind::NotFound => {
+                Problem::because(Kind::NotFound, title, error).hint(
+                    "--tls-dir needs ca-cert.pem, server-cert.pem and server-key.pem; `lifeboat tls DIR --host NAME` makes them",
+                )
+            }
+            TlsError::Read { .. } => Problem::failed(title, error),
+            TlsError::Pem { .. } | TlsError::Certificate { .. } | TlsError::Authority { .. } => {
+                Problem::because(Kind::Usage, title, error)
+            }
+            TlsError::HostName { .. } => Problem::because(Kind::Usage, title, error),
+        }
+    }
+
+    /// Making certificates.
+    pub fn from_pki(dir: &Path, error: &PkiError) -> Problem {
+        let title = format!("cannot make certificates in {}", dir.display());
+        match error {
+            PkiError::Exists(_) => Problem::because(Kind::Refused, title, error),
+            PkiError::HostExists(_) => Problem::because(Kind::Refused, title, error)
+                .hint("remove its folder first if it is to have new certificates; the old ones stay good"),
+            PkiError::NoAuthority(_) | PkiError::HostName(_) => Problem::because(Kind::Usage, title, error),
+            PkiError::Io { .. } | PkiError::Certificate(_) => Problem::failed(title, error),
         }
     }
 

@@ -25,4 +25,5 @@ mod retention;
 pub mod service;
 pub mod signals;
 pub mod state_dir;
+pub mod statistics;
 pub mod verify;

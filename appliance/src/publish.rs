@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use blockstore::{RecoveryPoint, Repository};
-use nbd_server::{ExportTable, Limits, Listen, Server};
+use nbd_server::{Access, ClientCertificates, ClientName, ExportTable, Limits, Listen, Server, TlsServer};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use crate::catalog::PointSummary;
 use crate::disks::{self, OpenOverlay};
 use crate::exports::{BaseExport, FirstRead, OverlayExport};
-use crate::problem::Problem;
+use crate::problem::{Kind, Problem};
 use crate::state_dir::StateDir;
 
 /// What to serve, and where.
@@ -34,6 +34,67 @@ pub struct ExportRequest {
     /// The folder of an overlay to keep; a throw-away one when not given.
     #[serde(default)]
     pub overlay: Option<PathBuf>,
+    /// Serve with TLS, and nothing without it.
+    #[serde(default)]
+    pub tls: Option<TlsRequest>,
+    /// Serve other machines without TLS: the address of `listen` once more, as proof that it is meant.
+    #[serde(default)]
+    pub insecure_tcp: Option<String>,
+}
+
+/// How to serve with TLS.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsRequest {
+    /// The folder with the certificates, named as QEMU names them.
+    pub dir: PathBuf,
+    /// Let clients in that show no certificate.
+    #[serde(default)]
+    pub anonymous_clients: bool,
+    /// Only clients whose certificate is for one of these names; all of the authority's when empty.
+    #[serde(default)]
+    pub clients: Vec<String>,
+}
+
+impl ExportRequest {
+    /// A server for `table`, as secure as was asked for.
+    fn server(&self, table: Arc<ExportTable>, listen: &Listen) -> Result<Server, Problem> {
+        let server = Server::new(table, Limits::default());
+        match (&self.tls, &self.insecure_tcp) {
+            (Some(_), Some(_)) => {
+                Err(Problem::usage("an export with TLS is not insecure")
+                    .hint("give either --tls-dir or --insecure-tcp"))
+            }
+            (Some(tls), None) => Ok(server.with_tls(tls.load()?)),
+            (None, Some(named)) if *named == listen.to_string() => Ok(server.with_plain_tcp_for_everyone()),
+            (None, Some(named)) => Err(Problem::usage(format!("`{named}` is not what is listened on"))
+                .hint(format!("to serve {listen} without TLS, give --insecure-tcp {listen}"))),
+            (None, None) => Ok(server),
+        }
+    }
+
+    /// Who may see the disks.
+    fn access(&self) -> Result<Access, Problem> {
+        let names = self.tls.as_ref().map_or(&[][..], |tls| &tls.clients);
+        if names.is_empty() {
+            return Ok(Access::Everyone);
+        }
+        let name = |name: &String| {
+            ClientName::new(name)
+                .map_err(|error| Problem::because(Kind::Usage, format!("no client can be called `{name}`"), &error))
+        };
+        Ok(Access::Clients(names.iter().map(name).collect::<Result<_, _>>()?))
+    }
+}
+
+impl TlsRequest {
+    fn load(&self) -> Result<TlsServer, Problem> {
+        if self.anonymous_clients && !self.clients.is_empty() {
+            return Err(Problem::usage("clients without a certificate have no name")
+                .hint("give either --tls-anonymous-clients or --tls-client"));
+        }
+        let clients = if self.anonymous_clients { ClientCertificates::Waived } else { ClientCertificates::Required };
+        TlsServer::from_folder(&self.dir, clients).map_err(|error| Problem::from_tls(&self.dir, &error))
+    }
 }
 
 /// A served disk.
@@ -57,6 +118,7 @@ pub struct Exports {
 #[derive(Debug)]
 struct Running {
     subject: String,
+    table: Arc<ExportTable>,
     stop: Option<oneshot::Sender<()>>,
     task: Option<JoinHandle<()>>,
 }
@@ -107,18 +169,18 @@ impl Exports {
         };
         let chosen = chosen(point, request.disk.as_deref())?;
         let table = Arc::new(ExportTable::new());
+        let (server, access) = (request.server(table.clone(), &listen)?, request.access()?);
         let (filled, reading, id_of_point) = (table.clone(), repository.clone(), point.id.clone());
         let names = chosen.clone();
         let lease = tokio::task::spawn_blocking(move || {
             let point = disks::load_point(&reading, &id_of_point)?;
             let lease = disks::hold(&reading, "export", &point)?;
-            names.iter().try_for_each(|disk| add(&reading, &point, disk, overlay.as_deref(), &filled))?;
+            names.iter().try_for_each(|disk| add(&reading, &point, disk, overlay.as_deref(), &filled, &access))?;
             Ok::<_, Problem>(lease)
         })
         .await
         .map_err(|error| Problem::failed("cannot open the disks", &error))??;
-        let listener =
-            Server::new(table, Limits::default()).bind(&listen).await.map_err(|error| Problem::from_listen(&error))?;
+        let listener = server.bind(&listen).await.map_err(|error| Problem::from_listen(&error))?;
         let mut served = Vec::new();
         for disk in point.disks.iter().filter(|disk| chosen.contains(&disk.name)) {
             let uri = listener.uri(&disks::export_name(&disk.name)?);
@@ -128,7 +190,7 @@ impl Exports {
         let exports = self.clone();
         // Entered before the task can end, which takes it out again.
         let mut running = self.lock();
-        running.insert(id, Running { subject: point.machine.clone(), stop: Some(stop), task: None });
+        running.insert(id, Running { subject: point.machine.clone(), table, stop: Some(stop), task: None });
         let task = tokio::spawn(async move {
             let scratch = scratch;
             listener
@@ -151,6 +213,11 @@ impl Exports {
     /// The machines whose points are exported; exports that are ending are not among them.
     pub fn list(&self) -> Vec<String> {
         self.lock().values().filter(|running| running.stop.is_some()).map(|running| running.subject.clone()).collect()
+    }
+
+    /// What is served, for the metrics: the machine, and its exports.
+    pub fn tables(&self) -> Vec<(String, Arc<ExportTable>)> {
+        self.lock().values().map(|running| (running.subject.clone(), running.table.clone())).collect()
     }
 
     /// Ends all exports, and returns when requests in flight are answered and throw-away overlays gone.
@@ -204,16 +271,18 @@ fn add(
     disk: &str,
     overlay: Option<&Path>,
     table: &ExportTable,
+    access: &Access,
 ) -> Result<(), Problem> {
+    let access = access.clone();
     let description = format!("{disk} of {}", point.machine);
     let base = disks::open(repository, point, disk)?;
     let name = disks::export_name(disk)?;
     let added = match overlay {
-        None => table.add(name, Arc::new(BaseExport { base, description })),
+        None => table.add_for(name, Arc::new(BaseExport { base, description }), access),
         Some(dir) => {
             let overlay = disks::open_overlay(dir, point, disk, base, OpenOverlay::Any)?;
             let first_read = FirstRead::since(Instant::now());
-            table.add(name, Arc::new(OverlayExport { overlay, description, first_read }))
+            table.add_for(name, Arc::new(OverlayExport { overlay, description, first_read }), access)
         }
     };
     added.map_err(|error| Problem::failed(format!("cannot export disk {disk}"), &error))

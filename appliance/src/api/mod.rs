@@ -27,6 +27,7 @@ use crate::problem::Problem;
 use crate::publish::ExportRequest;
 use crate::recovery::{RecoverRequest, RecoveryView};
 use crate::restore::{self, RestoreRequest};
+use crate::statistics::{self, Group};
 use crate::{collect, inspect, verify};
 
 /// What `/healthz` says: who answers, and for which repository.
@@ -57,6 +58,7 @@ impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> 
 pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/healthz", get(health))
+        .route("/metrics", get(metrics))
         .route("/api/v1/points", get(list_points).post(back_up))
         .route("/api/v1/points/{point}", get(show_point))
         .route("/api/v1/points/{point}/restore", post(restore_point))
@@ -91,6 +93,17 @@ async fn health(State(app): Shared) -> Json<Health> {
         pid: std::process::id(),
         repository: app.location.clone(),
     })
+}
+
+/// In the text form of OpenMetrics, for Prometheus.
+async fn metrics(State(app): Shared) -> Result<Response, Problem> {
+    let recoveries = app.recoveries.tables().into_iter();
+    let recoveries = recoveries.map(|(name, table)| Group { label: "recovery", name, table });
+    let exports = app.exports.tables().into_iter().map(|(name, table)| Group { label: "machine", name, table });
+    let text = statistics::metrics(recoveries.chain(exports).collect())
+        .map_err(|error| Problem::failed("cannot write the metrics", &error))?;
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(axum::http::header::CONTENT_TYPE, kind)], text).into_response())
 }
 
 #[derive(Debug, Deserialize)]

@@ -33,7 +33,7 @@ pub fn parse_sources(sources: &[String]) -> Result<Vec<SourceSpec>, Problem> {
             return Err(Problem::usage(format!("source `{source}` names no file")));
         }
         let location = if is_uri(location) {
-            location.to_owned()
+            absolute_certificates(location)?
         } else {
             refuse_live(location)?;
             let path = std::path::absolute(location)
@@ -49,6 +49,18 @@ pub fn parse_sources(sources: &[String]) -> Result<Vec<SourceSpec>, Problem> {
 
 fn is_uri(text: &str) -> bool {
     ["nbd://", "nbd+unix://", "nbds://", "nbds+unix://"].iter().any(|scheme| text.starts_with(scheme))
+}
+
+/// The folder of certificates is this process's, and another may do the work.
+fn absolute_certificates(location: &str) -> Result<String, Problem> {
+    // What cannot be read is refused where it is used.
+    let Ok(mut uri) = location.parse::<NbdUri>() else { return Ok(location.to_owned()) };
+    let Some(folder) = uri.tls.as_mut().and_then(|tls| tls.certificates.as_mut()) else {
+        return Ok(location.to_owned());
+    };
+    *folder =
+        std::path::absolute(&folder).map_err(|error| Problem::failed(format!("cannot back up {location}"), &error))?;
+    Ok(uri.to_string())
 }
 
 /// Live machines are captured through their hypervisor, which is not part of this release.

@@ -195,6 +195,7 @@ fn describe(command: &Command) -> String {
         Command::Start(args) => format!("start {}", args.name),
         Command::Discard(args) => format!("discard {}", args.name),
         Command::Serve(_) => "serve".to_owned(),
+        Command::Tls(_) => "tls".to_owned(),
     }
 }
 

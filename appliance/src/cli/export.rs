@@ -6,7 +6,7 @@ use super::args::{Export, Global};
 use super::connect::Door;
 use super::render;
 use crate::problem::{Kind, Problem};
-use crate::publish::{ExportRequest, Served};
+use crate::publish::{ExportRequest, Served, TlsRequest};
 use crate::signals::stop_signal;
 
 pub async fn run(door: &Door, global: &Global, args: &Export) -> Result<(), Problem> {
@@ -17,6 +17,8 @@ pub async fn run(door: &Door, global: &Global, args: &Export) -> Result<(), Prob
         listen: absolute(&args.listen)?,
         read_only: args.read_only,
         overlay: overlay.map_err(|error| Problem::failed("cannot use the overlay's folder", &error))?,
+        tls: tls(args)?,
+        insecure_tcp: args.insecure_tcp.clone(),
     };
     let mut events = door.client.stream(Method::POST, "/api/v1/exports", Some(&request)).await?;
     loop {
@@ -30,6 +32,13 @@ pub async fn run(door: &Door, global: &Global, args: &Export) -> Result<(), Prob
             None => return Err(Problem::new(Kind::Failed, "the service that hosts the export has ended")),
         }
     }
+}
+
+fn tls(args: &Export) -> Result<Option<TlsRequest>, Problem> {
+    let Some(dir) = &args.tls_dir else { return Ok(None) };
+    let dir =
+        std::path::absolute(dir).map_err(|error| Problem::failed("cannot use the certificates' folder", &error))?;
+    Ok(Some(TlsRequest { dir, anonymous_clients: args.tls_anonymous_clients, clients: args.tls_clients.clone() }))
 }
 
 fn show(global: &Global, data: &str) -> Result<(), Problem> {

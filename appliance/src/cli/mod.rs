@@ -16,6 +16,7 @@ mod recover;
 mod render;
 mod restore;
 mod retention;
+mod tls;
 mod verify;
 
 use std::process::ExitCode;
@@ -101,6 +102,7 @@ async fn run(cli: Cli) -> Result<(), Problem> {
     let Cli { global, command } = cli;
     match command {
         Command::Init(init) => return initialise(&global, &init),
+        Command::Tls(args) => return tls::run(&global, &args),
         Command::Serve(serve) => return service::serve(&global.options()?, serve.background).await,
         Command::Collect(ref args) if collect::is_keyless(&global, args).await? => {
             return collect::run_keyless(&global);
@@ -142,7 +144,7 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Recovery(args) => recover::show(door, global, args).await,
         Command::Start(args) => recover::start(door, global, args).await,
         Command::Discard(args) => recover::discard(door, global, args).await,
-        Command::Init(_) | Command::Serve(_) => Ok(()),
+        Command::Init(_) | Command::Serve(_) | Command::Tls(_) => Ok(()),
     }
 }
 

@@ -10,7 +10,7 @@ use super::connect::{Door, NOTHING};
 use super::render;
 use crate::catalog::spec::short_id;
 use crate::problem::Problem;
-use crate::recovery::{HypervisorKind, RecoverRequest, RecoveryView};
+use crate::recovery::{DiskView, HypervisorKind, RecoverRequest, RecoveryView};
 use crate::signals::stop_signal;
 
 /// How often a new recovery is looked at for its first output.
@@ -107,12 +107,44 @@ fn describe(view: &RecoveryView) {
             render::bytes(disk.free.unwrap_or(0))
         ));
     }
+    describe_served(view);
     if view.vm.as_deref() == Some("shut-off") {
         let name = &view.name;
         render::line("");
         render::line(&format!(
             "its VM is off: `lifeboat start {name}` starts it again, `lifeboat discard {name}` ends it"
         ));
+    }
+}
+
+/// What the disks' clients have asked for.
+fn describe_served(view: &RecoveryView) {
+    let micros = |bound: Option<u64>| match bound {
+        None => "-".to_owned(),
+        Some(bound) if bound < 1000 => format!("{bound} us"),
+        Some(bound) => format!("{} ms", bound / 1000),
+    };
+    let row = |disk: &DiskView| {
+        let served = disk.served.as_ref().filter(|served| served.reads + served.writes + served.flushes > 0)?;
+        let memory = (served.reads_from_memory * 100).checked_div(served.reads);
+        Some(vec![
+            disk.name.clone(),
+            served.reads.to_string(),
+            render::bytes(served.read_bytes),
+            memory.map_or("-".to_owned(), |share| format!("{share} %")),
+            micros(served.read_p99_us),
+            served.writes.to_string(),
+            micros(served.write_p99_us),
+            served.flushes.to_string(),
+            micros(served.flush_p99_us),
+            served.errors.to_string(),
+        ])
+    };
+    let rows: Vec<Vec<String>> = view.disks.iter().filter_map(row).collect();
+    if !rows.is_empty() {
+        render::line("");
+        let head = ["DISK", "READS", "READ", "MEMORY", "P99 <", "WRITES", "P99 <", "FLUSHES", "P99 <", "ERRORS"];
+        render::table(&head, &rows, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
     }
 }
 

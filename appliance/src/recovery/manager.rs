@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use blockstore::overlay::Overlay;
+use nbd_server::ExportTable;
 
 use super::one::{Context, Definition, Recovery};
 use super::state::State;
@@ -107,6 +108,12 @@ impl Recoveries {
         let mut all: Vec<RecoveryView> = whole.chain(broken).collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
+    }
+
+    /// The exports of every recovery that is served, by its name.
+    pub fn tables(&self) -> Vec<(String, Arc<ExportTable>)> {
+        let known = self.lock();
+        known.recoveries.iter().filter_map(|(name, recovery)| Some((name.clone(), recovery.table()?))).collect()
     }
 
     /// Starts the VM of a recovery again after it has ended.

@@ -12,6 +12,8 @@ mod watch;
 
 use serde::{Deserialize, Serialize};
 
+use crate::statistics::Served;
+
 pub use manager::Recoveries;
 pub use one::Context;
 
@@ -105,6 +107,9 @@ pub struct DiskView {
     /// Whether that is little, and less than the guest could still write.
     #[serde(default)]
     pub space_short: bool,
+    /// What NBD clients have asked for since this process serves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub served: Option<Served>,
 }
 
 /// Milliseconds since the recovery was asked for; absent while it has not happened.

@@ -23,6 +23,7 @@ use crate::disks::{self, OpenOverlay};
 use crate::exports::{FirstRead, OverlayExport};
 use crate::problem::{Kind, Problem};
 use crate::state_dir::StateDir;
+use crate::statistics::Served;
 
 /// How long QEMU may take to end by itself when a recovery is discarded.
 const QUIT_GRACE: Duration = Duration::from_secs(5);
@@ -89,6 +90,7 @@ pub(super) struct Shown {
     pub(super) pid: Option<u32>,
     uris: Vec<String>,
     overlays: Vec<Arc<Overlay>>,
+    table: Option<Arc<ExportTable>>,
     pub(super) timings: Timings,
 }
 
@@ -193,6 +195,7 @@ impl Recovery {
                 pid: None,
                 uris: Vec::new(),
                 overlays: Vec::new(),
+                table: None,
                 timings: Timings::default(),
             }),
             driver: tokio::sync::Mutex::new(driver),
@@ -312,6 +315,7 @@ impl Recovery {
                 overlay: overlay.map_or(0, |overlay| overlay.usage().data_grains * 4096),
                 free: space.map(|space| space.free),
                 space_short: space.is_some_and(|space| space.room != Room::Enough),
+                served: served(&shown, &disk.name),
             }
         };
         let mut timings = shown.timings;
@@ -383,7 +387,7 @@ impl Recovery {
         .map_err(|error| Problem::failed("cannot publish the disks", &error))??;
         driver.lease = Some(lease);
         let socket = self.socket("nbd.sock");
-        let listener = Server::new(table, Limits::default())
+        let listener = Server::new(table.clone(), Limits::default())
             .bind(&Listen::Unix(socket))
             .await
             .map_err(|error| Problem::from_listen(&error))?;
@@ -400,6 +404,7 @@ impl Recovery {
         self.show(|shown| {
             shown.uris = uris;
             shown.overlays = overlays;
+            shown.table = Some(table);
         });
         Ok(())
     }
@@ -419,6 +424,7 @@ impl Recovery {
         self.show(|shown| {
             shown.uris.clear();
             shown.overlays.clear();
+            shown.table = None;
         });
     }
 
@@ -533,6 +539,11 @@ impl Recovery {
         self.context.state.short_path(self.dir.join(name))
     }
 
+    /// The exports, while they are served.
+    pub(super) fn table(&self) -> Option<Arc<ExportTable>> {
+        self.lock().table.clone()
+    }
+
     /// The recovery's folder.
     pub(super) fn dir(&self) -> &Path {
         &self.dir
@@ -568,6 +579,10 @@ impl Driver {
             watcher.abort();
         }
     }
+}
+
+fn served(shown: &Shown, disk: &str) -> Option<Served> {
+    Served::of(shown.table.as_ref()?, &disks::export_name(disk).ok()?)
 }
 
 /// Opens every disk of a recovery and puts it into `table`.
