@@ -186,7 +186,7 @@ print("all good")
 }
 
 #[test]
-fn fio_verifies_what_it_writes_at_depth() {
+fn fio_verifies_what_four_jobs_write_at_depth() {
     let folder = tempfile::tempdir().expect("a folder");
     for (_, _server, uri) in servers(&vec![0; 16 * MIB]) {
         let uri = format!("--uri={uri}");
@@ -198,7 +198,9 @@ fn fio_verifies_what_it_writes_at_depth() {
             "--rw=randwrite",
             "--bsrange=512-256k",
             "--iodepth=32",
-            "--size=16M",
+            "--size=4M",
+            "--numjobs=4",
+            "--offset_increment=4M",
             "--verify=crc32c",
             "--do_verify=1",
             "--verify_fatal=1",
