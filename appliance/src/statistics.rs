@@ -116,11 +116,12 @@ struct Row {
 }
 
 /// A metric's name, what it is, and where its value comes from.
-type Metric<F> = (&'static str, &'static str, F);
+type PerOperation = (&'static str, &'static str, fn(&Statistics, Operation) -> u64);
+type PerExport = (&'static str, &'static str, fn(&Statistics) -> u64);
 
 impl Collector for Exports {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
-        let per_operation: [Metric<fn(&Statistics, Operation) -> u64>; 3] = [
+        let per_operation: [PerOperation; 3] = [
             ("lifeboat_export_requests", "NBD requests that reached the export", |s, o| s.count(o).requests),
             ("lifeboat_export_bytes", "Bytes that they covered", |s, o| s.count(o).bytes),
             ("lifeboat_export_errors", "NBD requests that failed", |s, o| s.count(o).errors),
@@ -132,7 +133,7 @@ impl Collector for Exports {
                 ConstCounter::new(value(&row.statistics, operation)).encode(metric.encode_family(&labels)?)?;
             }
         }
-        let per_export: [Metric<fn(&Statistics) -> u64>; 2] = [
+        let per_export: [PerExport; 2] = [
             ("lifeboat_export_reads_from_memory", "Reads answered from memory at once", Statistics::resident_reads),
             ("lifeboat_export_refused", "NBD requests that made no sense", Statistics::refused),
         ];
