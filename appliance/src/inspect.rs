@@ -1,7 +1,7 @@
 //! What `show` tells of a recovery point.
 
-use blockstore::Repository;
 use blockstore::base::Base;
+use blockstore::{Locality, Repository};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::PointSummary;
@@ -24,6 +24,8 @@ pub struct PointDetail {
     pub read: u64,
     /// Bytes of chunks that the repository did not have.
     pub new: u64,
+    /// Chunks that were compared with the sources once more at the end.
+    pub compared: u64,
     /// How long the backup took.
     pub seconds: f64,
     /// Its disks.
@@ -31,7 +33,7 @@ pub struct PointDetail {
 }
 
 /// A disk of a recovery point in full.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DiskDetail {
     /// As given at backup.
     pub name: String,
@@ -41,6 +43,41 @@ pub struct DiskDetail {
     pub data: u64,
     /// The id of its manifest's root.
     pub root: String,
+    /// What reading it costs.
+    pub locality: DiskLocality,
+}
+
+/// How far a disk is scattered over the repository. A large disk is only sampled.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskLocality {
+    /// Whether only some regions of 512 chunks were looked at: at most 64, spread evenly.
+    pub sampled: bool,
+    /// Chunks that were looked at.
+    pub chunks: u64,
+    /// Packs that hold them.
+    pub packs: u64,
+    /// Reads it takes to have them, neighbours in a pack at once.
+    pub reads: u64,
+    /// Bytes they take in their packs.
+    pub used: u64,
+    /// Bytes of the blocks of 128 KiB they lie in.
+    pub fetched: u64,
+    /// `fetched` for each of `used`; 1 where all lies together.
+    pub read_amplification: f64,
+}
+
+impl From<Locality> for DiskLocality {
+    fn from(locality: Locality) -> DiskLocality {
+        DiskLocality {
+            sampled: locality.sampled,
+            chunks: locality.chunks,
+            packs: locality.packs,
+            reads: locality.reads,
+            used: locality.used,
+            fetched: locality.fetched,
+            read_amplification: locality.amplification(),
+        }
+    }
 }
 
 /// Reads what is to be shown of `summary`'s point.
@@ -59,7 +96,9 @@ pub fn point(repository: &Repository, summary: &PointSummary) -> Result<PointDet
                 data += if extent.hole { 0 } else { extent.length };
             }
         }
-        disks_detail.push(DiskDetail { name: disk.name.clone(), size: disk.size, data, root: disk.root.to_string() });
+        let locality = repository.locality(&point, &disk.name).map_err(|error| failed(&error))?.into();
+        let root = disk.root.to_string();
+        disks_detail.push(DiskDetail { name: disk.name.clone(), size: disk.size, data, root, locality });
     }
     Ok(PointDetail {
         summary: summary.clone(),
@@ -67,6 +106,7 @@ pub fn point(repository: &Repository, summary: &PointSummary) -> Result<PointDet
         hardware: point.hardware.clone(),
         read: point.stats.read,
         new: point.stats.new_bytes,
+        compared: point.stats.compared,
         seconds: point.stats.seconds,
         disks_detail,
     })

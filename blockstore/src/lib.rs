@@ -41,7 +41,7 @@ pub use lease::{Lease, LeaseError, LeaseKind, LeaseState};
 pub use mapping::Mapping;
 pub use point::{Consistency, PointStats, PointedDisk, RecoveryPoint};
 pub use progress::Progress;
-pub use read::PointDisk;
+pub use read::{Locality, PointDisk};
 pub use repository::{
     Affected, Damage, InitError, KeyError, KeySlot, OpenError, PointError, Protected, Repository, RepositoryStats,
     Rotated, SlotKind, SlotState, VerifyError, VerifyOptions, VerifyReport,

@@ -56,6 +56,8 @@ pub struct PointStats {
     pub stored_bytes: u64,
     /// Chunks that are as in the parent.
     pub unchanged_chunks: u64,
+    /// Chunks stored once more, so that the point can be read in larger pieces.
+    pub gathered_chunks: u64,
     /// Chunks that were compared with the source once more when all was stored.
     pub compared: u64,
     /// How long the backup took.

@@ -8,7 +8,7 @@ use super::connect::{Door, NOTHING};
 use super::render;
 use crate::catalog::spec::short_id;
 use crate::catalog::{DamagedPoint, ListedPoint, PointSummary};
-use crate::inspect::PointDetail;
+use crate::inspect::{DiskLocality, PointDetail};
 use crate::problem::Problem;
 
 pub async fn list(door: &Door, global: &Global, args: &Points) -> Result<(), Problem> {
@@ -86,14 +86,31 @@ pub async fn show(door: &Door, global: &Global, args: &Show) -> Result<(), Probl
         ("read", render::bytes(point.read)),
         ("new", render::bytes(point.new)),
         ("stored", render::bytes(summary.stored)),
+        ("compared", format!("{} chunks with the sources", point.compared)),
         ("took", format!("{:.1} s", point.seconds)),
     ]);
     let rows: Vec<Vec<String>> = point
         .disks_detail
         .iter()
-        .map(|disk| vec![disk.name.clone(), render::bytes(disk.size), render::bytes(disk.data), disk.root.clone()])
+        .map(|disk| {
+            vec![
+                disk.name.clone(),
+                render::bytes(disk.size),
+                render::bytes(disk.data),
+                pieces(&disk.locality),
+                disk.root.clone(),
+            ]
+        })
         .collect();
     render::line("");
-    render::table(&["DISK", "SIZE", "DATA", "ROOT"], &rows, &[1, 2]);
+    render::table(&["DISK", "SIZE", "DATA", "READ FROM", "ROOT"], &rows, &[1, 2]);
     Ok(())
+}
+
+/// What reading a disk costs: `12 packs, 1.04x` fetches 4 % more than it uses.
+fn pieces(locality: &DiskLocality) -> String {
+    let DiskLocality { sampled, packs, read_amplification, .. } = locality;
+    let noun = if *packs == 1 { "pack" } else { "packs" };
+    let how = if *sampled { " (sampled)" } else { "" };
+    format!("{packs} {noun}, {read_amplification:.2}x{how}")
 }

@@ -1,9 +1,11 @@
 //! [`Backup`]: captures disks into a new recovery point.
 //!
-//! Durable writes, in this order (docs/format/repository.md): packs, index runs, the point. Index runs of
-//! earlier backups are merged meanwhile. Before the point a sample of every disk is compared with its source. A backup that fails or is dropped leaves at most packs and runs that no point needs.
+//! Durable writes, in this order (docs/format/repository.md): packs, index runs, the point. Before the point a sample
+//! of every disk is compared with its source; all the time runs of earlier backups are merged. A backup that fails or is
+//! dropped leaves at most packs and runs that no point needs.
 
 mod compare;
+mod gather;
 mod pipeline;
 mod source;
 mod writer;
@@ -157,6 +159,8 @@ pub struct DiskStats {
     pub new_nodes: u64,
     /// Chunks that are as in the parent.
     pub unchanged_chunks: u64,
+    /// Chunks stored once more, so that the disk can be read in larger pieces.
+    pub gathered_chunks: u64,
 }
 
 /// What the caller knows about a recovery point besides its disks.
@@ -278,6 +282,7 @@ impl<'s> Backup<'s> {
         self.stats.new_chunks += stats.new_chunks;
         self.stats.new_bytes += stats.new_bytes;
         self.stats.unchanged_chunks += stats.unchanged_chunks;
+        self.stats.gathered_chunks += stats.gathered_chunks;
         self.disks.push(PointedDisk { name: name.to_owned(), size, chunk_size, root });
         self.captured.push(Captured { source, sample });
         Ok(stats)

@@ -17,9 +17,8 @@ use tracing::warn;
 
 use super::compare::Sample;
 use super::source::Source;
-use super::writer::{Shared, Writer};
+use super::writer::{Place, Shared, Writer};
 use super::{BackupError, DiskStats};
-use crate::format::pack::PackKind;
 use crate::id::ChunkId;
 use crate::manifest::{FAN_OUT, NODE_LEN, Node, Shape, TreeBuilder};
 use crate::pack::builder::{Compressor, Payload};
@@ -360,7 +359,7 @@ impl Capture<'_> {
                 Captured::New { id, payload, compressed } => {
                     let bytes = done.payloads.get(payload).unwrap_or_default();
                     let payload = Payload { id, bytes, plain_len: chunk_size, compressed, level: 0 };
-                    writer.append(PackKind::Data, payload)?;
+                    writer.append(Place::Data, payload)?;
                     stats.new_chunks += 1;
                     stats.new_bytes += u64::from(chunk_size);
                     progress.add_new_chunks(1);
@@ -381,14 +380,46 @@ impl Capture<'_> {
         node: &[u8],
     ) -> Result<ChunkId, BackupError> {
         let id = self.shared.fetcher.keyring.node_id(level, node);
-        if self.shared.claim_node(&id, level) {
+        let new = self.shared.claim_node(&id, level);
+        if new {
             let mut compressor = Compressor::new(ZSTD_LEVEL).map_err(BackupError::Threads)?;
             let (bytes, compressed) = compressor.compress(node);
             let payload = Payload { id, bytes, plain_len: NODE_LEN, compressed, level };
-            writer.append(PackKind::Metadata, payload)?;
+            writer.append(Place::Metadata, payload)?;
             stats.new_nodes += 1;
         }
+        if level == 0 {
+            let (ids, _) = node.as_chunks::<32>();
+            let ids = ids.iter().map(|id| ChunkId(*id));
+            if new {
+                self.gather(&ids.collect::<Vec<_>>(), writer, stats)?;
+            } else {
+                writer.gather.pass(ids, self.chunk_size());
+            }
+        }
         Ok(id)
+    }
+
+    /// Stores chunks of a new region once more that are scattered over too many packs. One that cannot be read is
+    /// left where it is.
+    fn gather(&self, region: &[ChunkId], writer: &mut Writer, stats: &mut DiskStats) -> Result<(), BackupError> {
+        let fetcher = &self.shared.fetcher;
+        let chosen = writer.gather.choose(region, self.chunk_size(), &fetcher.index);
+        if chosen.is_empty() {
+            return Ok(());
+        }
+        let mut compressor = Compressor::new(ZSTD_LEVEL).map_err(BackupError::Threads)?;
+        for (id, chunk) in chosen.iter().zip(fetcher.chunks(&chosen)) {
+            let Ok(chunk) = chunk.inspect_err(|error| warn!(chunk = %id, %error, "a stored chunk cannot be read"))
+            else {
+                continue;
+            };
+            let (bytes, compressed) = compressor.compress(&chunk);
+            let plain_len = fetcher.config.chunk_size;
+            writer.append(Place::Gathered, Payload { id: *id, bytes, plain_len, compressed, level: 0 })?;
+            stats.gathered_chunks += 1;
+        }
+        Ok(())
     }
 }
 

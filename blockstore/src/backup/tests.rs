@@ -392,3 +392,66 @@ fn a_backup_cancelled_while_it_compares_leaves_no_point() {
     assert!(matches!(backup.seal(PointDetails::default()), Err(BackupError::Cancelled)));
     assert!(repository.list_points().expect("lists").is_empty());
 }
+
+/// Bytes of chunks that occur nowhere else.
+fn noise(seed: u64, chunks: usize) -> Vec<u8> {
+    let mut numbers = Numbers(seed);
+    (0..chunks * SIZE / 8).flat_map(|_| numbers.next().to_le_bytes()).collect()
+}
+
+#[test]
+fn a_scattered_disk_is_gathered_within_bounds_and_then_read_from_few_packs() {
+    const DONORS: usize = 40;
+    let folder = SimFolder::new(1);
+    let repository = new_repository(&folder);
+    let mut disk = noise(1, 2048);
+    back_up(&repository, &disk, None).expect("backs up");
+    for donor in 0..DONORS {
+        let chunks = noise(100 + donor as u64, 2);
+        back_up(&repository, &chunks, None).expect("backs up");
+        let at = (1536 + donor * 12) * SIZE; // in the last region
+        disk[at..at + 2 * SIZE].copy_from_slice(&chunks);
+    }
+    let (point, stats) = back_up(&repository, &disk, None).expect("backs up");
+    let most = 2048 / 20;
+    assert_eq!((stats.new_chunks, stats.new_nodes), (0, 2), "a leaf and the root");
+    assert!((60..=most).contains(&stats.gathered_chunks), "{stats:?}");
+    assert_eq!(point.stats.gathered_chunks, stats.gathered_chunks);
+    for repository in [repository.clone(), open_repository(&folder)] {
+        let locality = repository.locality(&point, "disk0").expect("known");
+        assert_eq!((locality.chunks, locality.regions, locality.sampled), (2048, 4, false));
+        assert!(locality.packs <= 2 + 4, "the disk's own two, 3 donors, the gathered: {locality:?}");
+        assert!(locality.used > 2048 * SIZE as u64 && locality.amplification() < 1.2, "{locality:?}");
+        assert!(restored(&repository, &point, "disk0") == disk);
+    }
+    // Once is enough, with the parent and without.
+    for parent in [Some(&point), None] {
+        let (again, stats) = back_up(&repository, &disk, parent).expect("backs up");
+        assert_eq!((stats.gathered_chunks, again.stats.stored_bytes), (0, 0));
+    }
+    assert!(verify(&open_repository(&folder), true).is_ok());
+    // What the index forgets the packs tell again, this too.
+    let storage = sim_storage(&folder);
+    for run in storage.list(ObjectKind::IndexRun).expect("lists") {
+        storage.delete(&run.object).expect("deletes");
+    }
+    let rebuilt = open_repository(&folder);
+    assert!(restored(&rebuilt, &point, "disk0") == disk);
+    assert!(rebuilt.locality(&point, "disk0").expect("known").packs <= 6);
+}
+
+#[test]
+fn a_large_scattered_disk_costs_no_more_than_its_share() {
+    let repository = new_repository(&SimFolder::new(1));
+    let mut disk = Vec::new();
+    for donor in 0..120 {
+        let chunks = noise(donor, 10);
+        back_up(&repository, &chunks, None).expect("backs up");
+        disk.extend(chunks);
+    }
+    let (point, stats) = back_up(&repository, &disk, None).expect("backs up");
+    assert!((1..=1200 / 20).contains(&stats.gathered_chunks), "{stats:?}");
+    let locality = repository.locality(&point, "disk0").expect("known");
+    assert!(locality.packs > 100 && locality.reads >= 110, "{locality:?}");
+    assert_eq!(restored(&repository, &point, "disk0"), disk);
+}

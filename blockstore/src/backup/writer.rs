@@ -14,6 +14,7 @@ use tracing::warn;
 
 use super::BackupError;
 use crate::collect::quarantined_packs;
+use super::gather::Gather;
 use crate::format::pack::{PackKind, decode_pack};
 use crate::format::run::PackRow;
 use crate::id::{ChunkId, IdHash, PackId, RunId};
@@ -225,11 +226,25 @@ fn look(fetcher: &Fetcher) -> io::Result<(HashSet<RunId>, HashSet<PackId>)> {
     Ok((runs.iter().map(|run| run.id).collect(), unfit))
 }
 
+/// Which pack a frame goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// New chunks.
+    Data,
+    /// New nodes.
+    Metadata,
+    /// Second copies of chunks.
+    Gathered,
+}
+
 /// The single writer of a backup: appends frames in the order it is given them.
 pub(crate) struct Writer {
     shared: Arc<Shared>,
     data: Option<PackBuilder>,
     metadata: Option<PackBuilder>,
+    gathered: Option<PackBuilder>,
+    /// Chooses what goes there.
+    pub gather: Gather,
     queue: Option<SyncSender<FinishedPack>>,
     uploads: Vec<JoinHandle<()>>,
 }
@@ -239,8 +254,15 @@ impl Writer {
     pub fn new(shared: Arc<Shared>) -> Result<Writer, BackupError> {
         let (queue, packs) = sync_channel(QUEUE);
         let packs = Arc::new(Mutex::new(packs));
-        let mut writer =
-            Writer { shared, data: None, metadata: None, queue: Some(queue), uploads: Vec::with_capacity(UPLOADS) };
+        let mut writer = Writer {
+            shared,
+            data: None,
+            metadata: None,
+            gathered: None,
+            gather: Gather::default(),
+            queue: Some(queue),
+            uploads: Vec::with_capacity(UPLOADS),
+        };
         for _ in 0..UPLOADS {
             let (shared, packs) = (writer.shared.clone(), packs.clone());
             let thread = std::thread::Builder::new().name("pack-upload".to_owned());
@@ -250,11 +272,12 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Appends a frame to the pack of its kind.
-    pub fn append(&mut self, kind: PackKind, payload: Payload<'_>) -> Result<(), BackupError> {
-        let slot = match kind {
-            PackKind::Data => &mut self.data,
-            PackKind::Metadata => &mut self.metadata,
+    /// Appends a frame to a pack.
+    pub fn append(&mut self, to: Place, payload: Payload<'_>) -> Result<(), BackupError> {
+        let (slot, kind) = match to {
+            Place::Data => (&mut self.data, PackKind::Data),
+            Place::Metadata => (&mut self.metadata, PackKind::Metadata),
+            Place::Gathered => (&mut self.gathered, PackKind::Data),
         };
         if let Some(full) = slot.take_if(|pack| pack.is_full()) {
             send(&self.shared, self.queue.as_ref(), full)?;
@@ -265,7 +288,8 @@ impl Writer {
                 let salt = random().map_err(BackupError::Randomness)?;
                 let fetcher = &self.shared.fetcher;
                 let buffer = self.shared.buffer();
-                slot.insert(PackBuilder::new(kind, fetcher.config.repository, &fetcher.keyring, salt, buffer))
+                let pack = PackBuilder::new(kind, fetcher.config.repository, &fetcher.keyring, salt, buffer);
+                slot.insert(if to == Place::Gathered { pack.gathered() } else { pack })
             }
         };
         pack.append(payload).map_err(BackupError::index)
@@ -273,7 +297,11 @@ impl Writer {
 
     /// Finishes the packs, waits until they are durable, and stores the index run that names them.
     pub fn finish(mut self) -> Result<(), BackupError> {
-        for pack in [self.data.take(), self.metadata.take()].into_iter().flatten().filter(|pack| !pack.is_empty()) {
+        for pack in [self.data.take(), self.metadata.take(), self.gathered.take()]
+            .into_iter()
+            .flatten()
+            .filter(|pack| !pack.is_empty())
+        {
             send(&self.shared, self.queue.as_ref(), pack)?;
         }
         self.join();

@@ -25,6 +25,8 @@ pub const TARGET_PACK_LEN: u32 = 32 << 20;
 pub const MAX_FRAMES: u32 = 65_535;
 /// Flag of a frame: compressed with zstd.
 pub const FLAG_ZSTD: u8 = 1;
+/// Flag of a pack: its chunks stand elsewhere too, and are better read here.
+pub const FLAG_GATHERED: u8 = 1;
 const PART: &str = "the pack";
 
 /// What a pack's frames are.
@@ -60,7 +62,8 @@ struct RawHeader {
     incompat: U32,
     kind: u8,
     encryption: u8,
-    reserved: [u8; 2],
+    flags: u8,
+    reserved: u8,
     repository: [u8; 16],
     salt: [u8; 32],
     reserved_end: [u8; 12],
@@ -102,6 +105,8 @@ pub struct Header {
     pub repository: RepositoryId,
     /// Derives the frame key.
     pub salt: [u8; 32],
+    /// Whether it holds second copies that lie better than the first: [`FLAG_GATHERED`].
+    pub gathered: bool,
 }
 
 /// One frame, as the table describes it.
@@ -139,7 +144,8 @@ impl Header {
             incompat: U32::ZERO,
             kind: self.kind.to_byte(),
             encryption: self.encryption.to_byte(),
-            reserved: [0; 2],
+            flags: if self.gathered { FLAG_GATHERED } else { 0 },
+            reserved: 0,
             repository: self.repository.0,
             salt: self.salt,
             reserved_end: [0; 12],
@@ -163,6 +169,7 @@ impl Header {
             encryption: Encryption::from_byte(raw.encryption)?,
             repository: RepositoryId(raw.repository),
             salt: raw.salt,
+            gathered: raw.flags & FLAG_GATHERED != 0,
         })
     }
 }
@@ -328,6 +335,7 @@ mod tests {
             encryption: Encryption::Aes256Gcm,
             repository: RepositoryId([9; 16]),
             salt: [8; 32],
+            gathered: false,
         }
     }
 

@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::pack::{FLAG_ZSTD, MAX_FRAMES, MAX_PACK_LEN, PackKind};
+use super::pack::{FLAG_GATHERED, FLAG_ZSTD, MAX_FRAMES, MAX_PACK_LEN, PackKind};
 use super::{Encryption, FormatError, check_features, check_magic, head, tail};
 use crate::id::{ChunkId, PackId, RepositoryId};
 
@@ -62,7 +62,8 @@ pub struct RawRow {
     entries: U32,
     kind: u8,
     encryption: u8,
-    reserved: [u8; 2],
+    flags: u8,
+    reserved: u8,
 }
 const _: () = assert!(size_of::<RawRow>() == ROW_LEN);
 
@@ -98,6 +99,8 @@ pub struct PackRow {
     pub kind: PackKind,
     /// Whether it is sealed.
     pub encryption: Encryption,
+    /// Whether what it holds is better read here than elsewhere.
+    pub gathered: bool,
 }
 
 /// An entry as a value.
@@ -198,6 +201,7 @@ impl RawRow {
             entries: self.entries.get(),
             kind: PackKind::from_byte(self.kind)?,
             encryption: Encryption::from_byte(self.encryption)?,
+            gathered: self.flags & FLAG_GATHERED != 0,
         };
         if row.len > MAX_PACK_LEN || row.frames > MAX_FRAMES {
             return Err(FormatError::Field { field: "pack row" });
@@ -234,7 +238,8 @@ pub fn encode(repository: RepositoryId, rows: &[PackRow], entries: &[Entry]) -> 
             entries: U32::new(row.entries),
             kind: row.kind.to_byte(),
             encryption: row.encryption.to_byte(),
-            reserved: [0; 2],
+            flags: if row.gathered { FLAG_GATHERED } else { 0 },
+            reserved: 0,
         };
         bytes.extend_from_slice(raw.as_bytes());
     }
@@ -301,6 +306,7 @@ mod tests {
             entries: 1,
             kind,
             encryption,
+            gathered: byte == 0x20,
         };
         vec![row(0x10, PackKind::Data), row(0x20, PackKind::Metadata)]
     }
@@ -325,7 +331,7 @@ mod tests {
         for (byte, kind) in [(0x10, 1), (0x20, 2)] {
             table.extend([byte; 32]);
             table.extend([byte + 1; 32]);
-            table.extend([0xe8, 3, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, kind, 1, 0, 0]);
+            table.extend([0xe8, 3, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, kind, 1, u8::from(byte == 0x20), 0]);
         }
         let mut expected = Vec::from(*b"LBOATIX1\0\0\0\0\x02\0\0\0");
         expected.extend([3; 16]);

@@ -89,6 +89,7 @@ pub(crate) fn describe_pack(pack: PackId, header: &Header, len: u32, frames: &[F
         entries: 0,
         kind: header.kind,
         encryption: header.encryption,
+        gathered: header.gathered,
     };
     let entry = |(number, frame): (usize, &Frame)| Entry {
         id: frame.id,
@@ -118,6 +119,7 @@ pub(crate) mod tests {
             entries: 0,
             kind: PackKind::Data,
             encryption: Encryption::None,
+            gathered: false,
         }
     }
 

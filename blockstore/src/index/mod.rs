@@ -57,6 +57,8 @@ pub(crate) struct Set {
     runs: Vec<Arc<Run>>,
     /// The same, for lookups.
     layers: Layers,
+    /// Whether any pack is gathered, so that one place may be better than another.
+    gathered: bool,
     /// Grows with every change.
     generation: u64,
 }
@@ -121,7 +123,8 @@ impl Index {
         let mut set = self.set.write().unwrap_or_else(PoisonError::into_inner);
         let mut runs = set.runs.clone();
         with(&mut runs);
-        *set = Arc::new(Set { layers: Layers::of(&runs), runs, generation: set.generation + 1 });
+        let (layers, gathered) = (Layers::of(&runs), runs.iter().any(|run| run.gathered));
+        *set = Arc::new(Set { runs, layers, gathered, generation: set.generation + 1 });
     }
 
     /// Which set lookups see now; [`Index::repair`] wants the one a failed lookup used.
@@ -141,16 +144,21 @@ impl Index {
         set.layers.holding(id).any(|run| run.any(id, &mut |pack| accept(run, pack)))
     }
 
-    /// Where a chunk or node is said to be.
+    /// Where a chunk or node is said to be; where it is best read, if it is in several places.
     pub fn first(&self, id: &ChunkId) -> Option<Location> {
         let set = self.set.read().unwrap_or_else(PoisonError::into_inner);
+        if set.gathered {
+            let locations = set.layers.holding(id).flat_map(|run| run.locations(id));
+            return locations.min_by_key(|location| !location.pack.gathered);
+        }
         set.layers.holding(id).find_map(|run| run.first(id))
     }
 
-    /// Everywhere a chunk or node is said to be.
+    /// Everywhere a chunk or node is said to be, the best place first.
     pub fn locate(&self, id: &ChunkId) -> Vec<Location> {
         let mut locations = Vec::new();
         self.current().layers.holding(id).for_each(|run| run.locate(id, &mut locations));
+        locations.sort_by_key(|location| !location.pack.gathered);
         locations
     }
 

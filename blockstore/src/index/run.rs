@@ -31,6 +31,8 @@ pub(crate) struct Run {
     pub stored: bool,
     bytes: Mapping,
     layout: Layout,
+    /// Whether one of its packs is gathered.
+    pub gathered: bool,
     /// Least and greatest id, for skipping the run.
     span: Option<(ChunkId, ChunkId)>,
 }
@@ -65,7 +67,8 @@ impl Run {
         let layout = Layout::decode(&bytes, repository)?;
         let entries = layout.entries(&bytes);
         let span = entries.first().zip(entries.last()).map(|(first, last)| (ChunkId(first.id), ChunkId(last.id)));
-        Ok(Run { id, stored: false, bytes, layout, span })
+        let gathered = layout.rows(&bytes).iter().any(|row| row.check().is_ok_and(|row| row.gathered));
+        Ok(Run { id, stored: false, bytes, layout, gathered, span })
     }
 
     /// The run's bytes, for writing.

@@ -46,10 +46,19 @@ impl PackBuilder {
     ) -> PackBuilder {
         let cipher = keyring.pack_cipher(&salt);
         let encryption = if cipher.is_some() { Encryption::Aes256Gcm } else { Encryption::None };
-        let header = Header { kind, encryption, repository, salt };
+        let header = Header { kind, encryption, repository, salt, gathered: false };
         buffer.clear();
         buffer.extend(&header.encode());
         PackBuilder { header, cipher, bytes: buffer, frames: Vec::new() }
+    }
+
+    /// The same for second copies that are better read from this pack than from where they stand.
+    pub fn gathered(mut self) -> PackBuilder {
+        self.header.gathered = true;
+        self.bytes.clear();
+        self.bytes.extend(&self.header.encode());
+        self.frames.clear();
+        self
     }
 
     /// Whether the pack should be finished before another frame is added.

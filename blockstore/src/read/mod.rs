@@ -3,12 +3,15 @@
 mod ahead;
 mod cache;
 mod disk;
+mod locality;
 mod manifest;
 
 #[cfg(test)]
 mod tests;
 
 pub use disk::PointDisk;
+pub use locality::Locality;
+pub(crate) use locality::locality;
 pub(crate) use manifest::ManifestReader;
 
 use std::sync::Arc;

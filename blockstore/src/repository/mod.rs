@@ -37,7 +37,7 @@ use crate::keys::{MIN_KEY_FILE_LEN, random};
 use crate::pack::fetch::Fetcher;
 use crate::point::RecoveryPoint;
 use crate::progress::Progress;
-use crate::read::{PointDisk, ReadShared};
+use crate::read::{Locality, PointDisk, ReadShared};
 use crate::storage::{Object, ObjectKind, Storage};
 
 /// An open repository. Cheap to clone; all clones share one cache.
@@ -142,6 +142,12 @@ impl Repository {
     pub fn open_disk(&self, point: &RecoveryPoint, disk: &str) -> Result<Arc<PointDisk>, ReadError> {
         let found = point.disk(disk).ok_or_else(|| ReadError::NoSuchDisk { disk: disk.to_owned() })?;
         Ok(Arc::new(PointDisk::open(self.shared.clone(), found)?))
+    }
+
+    /// What reading a disk of a recovery point in order costs; a large disk is only sampled.
+    pub fn locality(&self, point: &RecoveryPoint, disk: &str) -> Result<Locality, ReadError> {
+        let found = point.disk(disk).ok_or_else(|| ReadError::NoSuchDisk { disk: disk.to_owned() })?;
+        crate::read::locality(&self.shared, found)
     }
 
     /// Counts objects and bytes.
