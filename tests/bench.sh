@@ -2,7 +2,7 @@
 # Measures what the project promises, beside other tools, on the same data and machine in one run, and prints tables
 # with the promise, the ratio and whether it held. A ratio counts, an absolute figure does not: machines differ.
 #
-#   BENCH_PARTS     of `store nbd open boot` (all)      BENCH_ROUNDS   repetitions, of which the median counts (3)
+#   BENCH_PARTS     of `store nbd open boot scale` (all but scale)      BENCH_ROUNDS   repetitions, of which the median counts (3)
 #   BENCH_SIZE      of the image made of /usr (3G)      BENCH_SECONDS  for each run of fio (3)
 #   BENCH_SHORT=1   one round, runs of one second: whether all of it works, and a first look
 #   BENCH_COLD=1    drop the page cache before each step of `store`; as root, and it slows everyone on the machine
@@ -23,7 +23,7 @@ size=$(numfmt --from=iec "${BENCH_SIZE:-3G}")
 kept=${CARGO_TARGET_DIR:-$here/../target}/bench
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
-for file in common data store nbd open boot; do
+for file in common data store nbd open boot scale; do
     # shellcheck source=/dev/null # they stand beside this file
     . "$here/bench/$file.sh"
 done
@@ -31,7 +31,7 @@ done
 main() {
     local part
     for part in $parts; do
-        [[ " store nbd open boot " == *" $part "* ]] || die "BENCH_PARTS names '$part': use store, nbd, open, boot"
+        [[ " store nbd open boot scale " == *" $part "* ]] || die "BENCH_PARTS names '$part': use store, nbd, open, boot, scale"
     done
     set_up
     trap clean_up EXIT

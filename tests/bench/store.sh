@@ -44,6 +44,15 @@ store_restore() {
     command=(bash -c "$durable" durable "$3" "${command[@]}")
 }
 
+# store_verify TOOL: sets `command`, which reads and checks all that is stored.
+store_verify() {
+    case $1 in
+        lifeboat) command=("$lifeboat" verify --read-data) ;;
+        restic) command=(restic -q check --read-data --no-cache) ;;
+        borg) command=(borg check --verify-data) ;;
+    esac
+}
+
 # Runs `command` and notes its seconds, its processor seconds and its peak memory.
 timed() {
     local elapsed memory user system
@@ -75,6 +84,9 @@ measure_store() {
             note "size.$tool" "$(calculate "$(du -s -B1 "$place/store-$tool" | cut -f1) / 1e6")"
             store_backup "$tool" second "$image"; timed "rescan.$tool"
             store_backup "$tool" third "$changed"; timed "changed.$tool"
+            # Whatever a tool left in the page cache or kept out of it: what follows begins with all of it there.
+            find "$place/store-$tool" -type f -exec cat {} + >/dev/null
+            store_verify "$tool"; timed "verify.$tool"
             mkdir "$place/restored"
             store_restore "$tool" third "$place/restored"; timed "restore.$tool"
             restored=$(find "$place/restored" -type f -size +1M | sed -n 1p)
@@ -90,7 +102,7 @@ report_store() {
         "$(numfmt --to=iec "$size")" "$([ "${BENCH_COLD:-}" = 1 ] && echo ', dropped before each step' || echo ', warm')"
     {
         printf 'step\ttool\tseconds\tprocessor seconds\tpeak memory MiB\tLifeboat is faster by\n'
-        for step in first rescan changed restore; do
+        for step in first rescan changed verify restore; do
             for tool in lifeboat restic borg; do
                 [ -n "$(median "$step.$tool.seconds")" ] || continue
                 ratio=$(calculate "$(median "$step.$tool.seconds") / $(median "$step.lifeboat.seconds")" %.2fx)
@@ -116,6 +128,7 @@ store_step() {
         first) echo 'first backup' ;;
         rescan) echo 'unchanged rescan' ;;
         changed) echo "rescan, $CHANGED_PERCENT % changed" ;;
+        verify) echo 'verify all data' ;;
         restore) echo 'full restore' ;;
     esac
 }

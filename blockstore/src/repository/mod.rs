@@ -32,7 +32,7 @@ use crate::backup::{Backup, BackupError};
 use crate::error::ReadError;
 use crate::format::Encryption;
 use crate::format::point::{HEADER_LEN, MAX_PAYLOAD_LEN};
-use crate::id::{RecoveryPointId, RepositoryId, SlotId};
+use crate::id::{ChunkId, RecoveryPointId, RepositoryId, SlotId};
 use crate::keys::{MIN_KEY_FILE_LEN, random};
 use crate::pack::fetch::Fetcher;
 use crate::point::RecoveryPoint;
@@ -148,6 +148,18 @@ impl Repository {
     pub fn locality(&self, point: &RecoveryPoint, disk: &str) -> Result<Locality, ReadError> {
         let found = point.disk(disk).ok_or_else(|| ReadError::NoSuchDisk { disk: disk.to_owned() })?;
         crate::read::locality(&self.shared, found)
+    }
+
+    /// Whether the index knows a chunk; nothing else is read.
+    pub fn knows(&self, chunk: &ChunkId) -> bool {
+        self.fetcher().index.contains(chunk)
+    }
+
+    /// Looks for damaged and missing index runs and makes new ones from the tables of the packs. A lookup that leads
+    /// nowhere does the same.
+    pub fn rebuild_index(&self) -> Result<(), ReadError> {
+        let index = &self.fetcher().index;
+        index.repair(index.generation()).map(drop)
     }
 
     /// Counts objects and bytes.
