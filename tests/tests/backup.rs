@@ -251,3 +251,51 @@ fn without_encryption_and_with_any_chunk_size_it_is_the_same() {
         assert_same_bytes(&sandbox.path(&format!("out-{size}")), &sandbox.path("disk.raw"));
     }
 }
+
+#[test]
+fn backups_of_several_processes_at_once_are_all_whole() {
+    let sandbox = Sandbox::with_repository();
+    let mut running = Vec::new();
+    // Two machines, each backed up twice at once, from disks that have most in common.
+    for number in 0..4u64 {
+        let name = format!("disk{number}.raw");
+        let file = File::create(sandbox.path(&name)).unwrap();
+        fill(&file, 1, 0, 24 * MIB);
+        fill(&file, 100 + number, 24 * MIB, 4 * MIB);
+        let machine = format!("web0{}", number % 2);
+        let label = format!("disk={number}");
+        let mut command = sandbox.command(&["backup", &machine, &sandbox.name(&name), "--label", &label, "--json"]);
+        command.env("LIFEBOAT_STATE", sandbox.path(&format!("state{number}")));
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        running.push(command.spawn().unwrap());
+    }
+    for (number, child) in running.into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let point = result["point"].as_str().unwrap().to_owned();
+        let target = sandbox.name(&format!("restored{number}.raw"));
+        sandbox.ok(&["restore", &point, "--to", &target]);
+        assert_same_bytes(target.as_ref(), &sandbox.path(&format!("disk{number}.raw")));
+    }
+    assert_eq!(sandbox.json(&["points"]).as_array().unwrap().len(), 4);
+    assert_eq!(sandbox.json(&["verify", "--read-data"])["ok"], true);
+}
+
+#[test]
+fn show_tells_from_how_many_packs_a_disk_is_read() {
+    let sandbox = Sandbox::with_repository();
+    let file = File::create(sandbox.path("disk.raw")).unwrap();
+    fill(&file, 1, 0, 20 * MIB);
+    sandbox.ok(&["backup", "web01", &sandbox.name("disk.raw")]);
+    let shown = sandbox.json(&["show", "web01"]);
+    let locality = &shown["disks_detail"][0]["locality"];
+    assert_eq!(
+        (&locality["packs"], &locality["sampled"], &locality["chunks"]),
+        (&1.into(), &false.into(), &320.into())
+    );
+    assert!(locality["read_amplification"].as_f64().unwrap() < 1.1, "{locality}");
+    assert!(shown["compared"].as_u64().unwrap() >= 64, "{shown}");
+    let said = sandbox.ok(&["show", "web01"]);
+    assert!(said.contains("1 pack, 1.0"), "{said}");
+}

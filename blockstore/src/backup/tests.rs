@@ -455,3 +455,59 @@ fn a_large_scattered_disk_costs_no_more_than_its_share() {
     assert!(locality.packs > 100 && locality.reads >= 110, "{locality:?}");
     assert_eq!(restored(&repository, &point, "disk0"), disk);
 }
+
+#[test]
+fn writers_of_several_machines_and_many_readers_do_not_disturb_each_other() {
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicBool;
+    let folder = SimFolder::new(1);
+    new_repository(&folder);
+    let sealed: Mutex<Vec<(RecoveryPoint, u64, usize)>> = Mutex::default();
+    let (over, read) = (AtomicBool::new(false), std::sync::atomic::AtomicU64::new(0));
+    // Two of them through a repository opened of their own, as other processes would be.
+    let repositories: Vec<Repository> = (0..3).map(|_| open_repository(&folder)).collect();
+    let disk = |seed: u64, chunks: usize| mixed_disk(seed, chunks * SIZE + 5);
+    std::thread::scope(|scope| {
+        for reader in 0..3u64 {
+            let (repository, sealed, over, read) = (&repositories[0], &sealed, &over, &read);
+            scope.spawn(move || {
+                let mut numbers = Numbers(reader);
+                while !over.load(Ordering::Relaxed) {
+                    let known = sealed.lock().expect("unpoisoned").clone();
+                    if known.is_empty() {
+                        std::thread::yield_now();
+                        continue;
+                    }
+                    let at = usize::try_from(numbers.below(known.len() as u64)).expect("small");
+                    let (point, seed, chunks) = &known[at];
+                    assert!(restored(repository, point, "disk0") == disk(*seed, *chunks), "seed {seed}");
+                    read.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let writers: Vec<_> = (0..4u64)
+            .map(|writer| {
+                let (repository, sealed) = (&repositories[usize::try_from(writer % 3).expect("small")], &sealed);
+                scope.spawn(move || {
+                    let mut parent = None;
+                    for round in 0..6 {
+                        // Writers share what has one seed.
+                        let (seed, chunks) = (round + writer / 2, 60 + 10 * usize::try_from(writer).expect("small"));
+                        let (point, _) = back_up(repository, &disk(seed, chunks), parent.as_ref()).expect("backs up");
+                        sealed.lock().expect("unpoisoned").push((point.clone(), seed, chunks));
+                        parent = Some(point);
+                    }
+                })
+            })
+            .collect();
+        let ended: Vec<bool> = writers.into_iter().map(|writer| writer.join().is_ok()).collect();
+        over.store(true, Ordering::Relaxed);
+        assert_eq!(ended, [true; 4]);
+    });
+    assert!(read.load(Ordering::Relaxed) > 0);
+    let repository = open_repository(&folder);
+    for (point, seed, chunks) in sealed.into_inner().expect("unpoisoned") {
+        assert!(restored(&repository, &point, "disk0") == disk(seed, chunks), "seed {seed}");
+    }
+    assert!(verify(&repository, true).is_ok());
+}
