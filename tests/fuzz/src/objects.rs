@@ -93,7 +93,7 @@ pub(crate) fn pack(data: &[u8]) {
 
 pub(crate) fn pack_seeds() -> Vec<Vec<u8>> {
     let pack = |kind, encryption, count: u32| {
-        let header = Header { kind, encryption, repository: REPOSITORY, salt: [9; 32] };
+        let header = Header { kind, encryption, repository: REPOSITORY, salt: [9; 32], gathered: false };
         let mut bytes = header.encode().to_vec();
         let mut frames = Vec::new();
         for number in 0..count {
