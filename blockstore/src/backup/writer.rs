@@ -13,8 +13,8 @@ use std::thread::JoinHandle;
 use tracing::warn;
 
 use super::BackupError;
-use crate::collect::quarantined_packs;
 use super::gather::Gather;
+use crate::collect::quarantined_packs;
 use crate::format::pack::{PackKind, decode_pack};
 use crate::format::run::PackRow;
 use crate::id::{ChunkId, IdHash, PackId, RunId};

@@ -15,7 +15,7 @@ use tracing::warn;
 use super::plan::{Rank, Standing};
 use super::{Blocker, CollectError};
 use crate::error::ReadError;
-use crate::format::run::RawEntry;
+use crate::format::run::{PackRow, RawEntry};
 use crate::id::{ChunkId, PackId, RecoveryPointId, RunId};
 use crate::index::layers::Layers;
 use crate::index::run::{Location, Run};
@@ -118,7 +118,11 @@ impl Marks {
     pub fn new(runs: Vec<Arc<Run>>, rank: impl Fn(&PackId, u32) -> Rank) -> Marks {
         let words = |run: &Arc<Run>| usize::try_from(run.entry_count().div_ceil(64)).unwrap_or(usize::MAX); // in memory
         let bits = runs.iter().map(|run| vec![0; words(run)]).collect();
-        let ranks = runs.iter().map(|run| run.packs().map(|row| rank(&row.pack, row.len)).collect()).collect();
+        let rank_of = |row: &PackRow| match rank(&row.pack, row.len) {
+            Rank::Good if row.gathered => Rank::Gathered,
+            rank => rank,
+        };
+        let ranks = runs.iter().map(|run| run.packs().map(|row| rank_of(&row)).collect()).collect();
         let numbers = runs.iter().enumerate().map(|(number, run)| (run.id, number)).collect();
         Marks { layers: Layers::of(&runs), numbers, runs, bits, ranks, poor: 0 }
     }

@@ -54,6 +54,8 @@ pub(crate) struct Standing {
 /// How a pack fares; of several places of a chunk the one in the best pack is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
+    /// Whole, and gathered by a backup: readers prefer it.
+    Gathered,
     Good,
     Quarantined,
     Damaged,
