@@ -152,7 +152,7 @@ impl Repository {
 
     /// Whether the index knows a chunk; nothing else is read.
     pub fn knows(&self, chunk: &ChunkId) -> bool {
-        self.fetcher().index.contains(chunk)
+        self.fetcher().index.first(chunk).is_some()
     }
 
     /// Looks for damaged and missing index runs and makes new ones from the tables of the packs. A lookup that leads
