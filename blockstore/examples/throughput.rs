@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blockstore::{
-    Base, FileSource, LocalStorage, PointDetails, Progress, Protection, RecoveryPoint, Repository, Secret, Segment,
-    Storage, Target, VerifyOptions, ZeroPolicy, restore,
+    Base, DataCheck, FileSource, LocalStorage, PointDetails, Progress, Protection, RecoveryPoint, Repository, Secret,
+    Segment, Storage, Target, VerifyOptions, ZeroPolicy, restore,
 };
 
 struct FileTarget(File);
@@ -53,7 +53,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let repository = Repository::open(storage, Some(&secret()), 64 << 20)?;
     println!("open: {:.1} ms", began.elapsed().as_secs_f64() * 1000.0);
     let began = Instant::now();
-    let found = repository.verify(VerifyOptions { point: None, read_data: true }, &Progress::new())?;
+    let found =
+        repository.verify(VerifyOptions { data: DataCheck::All, ..VerifyOptions::default() }, &Progress::new())?;
     report(if found.is_ok() { "verify, all data" } else { "verify FOUND DAMAGE" }, began, found.bytes_read);
     let disk = repository.open_disk(&second, "disk0")?;
     let began = Instant::now();

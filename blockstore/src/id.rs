@@ -78,6 +78,11 @@ id!(
     32
 );
 id!(
+    /// The name of a list of verified packs: the hash of its bytes.
+    VerifiedId,
+    32
+);
+id!(
     /// The name of a recovery point: the hash of its sealed bytes.
     RecoveryPointId,
     32

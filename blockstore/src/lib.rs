@@ -34,7 +34,9 @@ pub use base::{Base, Extent, Segment};
 pub use collect::{CollectError, CollectOptions, CollectReport, KeylessCollect};
 pub use error::ReadError;
 pub use format::FormatError;
-pub use id::{BatchId, ChunkId, LeaseId, PackId, ParseIdError, RecoveryPointId, RepositoryId, RunId, SlotId};
+pub use id::{
+    BatchId, ChunkId, LeaseId, PackId, ParseIdError, RecoveryPointId, RepositoryId, RunId, SlotId, VerifiedId,
+};
 pub use keyless::{Keyless, KeylessReport};
 pub use keys::{Protection, Secret};
 pub use lease::{Lease, LeaseError, LeaseKind, LeaseState};
@@ -43,8 +45,8 @@ pub use point::{Consistency, PointStats, PointedDisk, RecoveryPoint};
 pub use progress::Progress;
 pub use read::{Locality, PointDisk};
 pub use repository::{
-    Affected, Damage, InitError, KeyError, KeySlot, OpenError, PointError, Protected, Repository, RepositoryStats,
-    Rotated, SlotKind, SlotState, VerifyError, VerifyOptions, VerifyReport,
+    Affected, Damage, DataCheck, InitError, KeyError, KeySlot, OpenError, PointError, Protected, Repository,
+    RepositoryStats, Rotated, SlotKind, SlotState, VerifyError, VerifyOptions, VerifyReport,
 };
 pub use restore::{Differences, RestoreError, RestoreStats, Target, ZeroPolicy, compare, restore, restore_changed};
 pub use storage::{LocalStorage, Storage};

@@ -8,6 +8,7 @@ pub(crate) mod layers;
 mod merge;
 mod repair;
 pub(crate) mod run;
+pub(crate) mod seen;
 mod without;
 
 pub(crate) use repair::read_table;

@@ -101,6 +101,12 @@ impl Run {
         blake3::hash(&self.bytes).as_bytes() == &self.id.0
     }
 
+    /// Which entry is the first of an id.
+    pub fn position(&self, id: &ChunkId) -> Option<usize> {
+        let range = self.range(id);
+        (!range.is_empty()).then_some(range.start)
+    }
+
     /// Whether there is an entry for an id.
     #[cfg(test)]
     pub fn contains(&self, id: &ChunkId) -> bool {

@@ -5,3 +5,4 @@ pub(crate) mod builder;
 pub(crate) mod bulk;
 pub(crate) mod damaged;
 pub(crate) mod fetch;
+pub(crate) mod verified;

@@ -23,7 +23,7 @@ pub(crate) use open::{read_config, read_slot};
 pub(crate) use protect::read_protection;
 pub use protect::{PointError, Protected};
 pub use slots::{KeyError, KeySlot, Rotated, SlotKind, SlotState};
-pub use verify::{Affected, Damage, VerifyError, VerifyOptions, VerifyReport};
+pub use verify::{Affected, Damage, DataCheck, VerifyError, VerifyOptions, VerifyReport};
 
 use std::io;
 use std::sync::{Arc, Mutex};

@@ -11,7 +11,7 @@ use crate::backup::{BackupError, DiskStats, PointDetails, Source};
 use crate::keys::{Protection, Secret};
 use crate::point::RecoveryPoint;
 use crate::progress::Progress;
-use crate::repository::{Repository, VerifyOptions, VerifyReport};
+use crate::repository::{DataCheck, Repository, VerifyOptions, VerifyReport};
 use crate::restore::{Target, ZeroPolicy, restore};
 use crate::sim::SimFolder;
 use crate::storage::{Listed, LocalStorage, Object, ObjectKind, Storage};
@@ -206,5 +206,6 @@ pub fn restored(repository: &Repository, point: &RecoveryPoint, disk: &str) -> V
 }
 
 pub fn verify(repository: &Repository, read_data: bool) -> VerifyReport {
-    repository.verify(VerifyOptions { point: None, read_data }, &Progress::new()).expect("completes")
+    let data = if read_data { DataCheck::All } else { DataCheck::None };
+    repository.verify(VerifyOptions { data, ..VerifyOptions::default() }, &Progress::new()).expect("completes")
 }

@@ -19,8 +19,8 @@ use crate::mapping::Mapping;
 /// Packs kept open for reading.
 const OPEN_FILES: usize = 256;
 /// Names an unfinished init may leave besides temporary files and key slots: empty directories.
-const DIRECTORIES: [&str; 9] =
-    ["keys", "packs", "index", "points", "damaged", "leases", "protected", "quarantine", "tmp"];
+const DIRECTORIES: [&str; 10] =
+    ["keys", "packs", "index", "points", "damaged", "leases", "protected", "quarantine", "verified", "tmp"];
 const TMP: &str = "tmp";
 const LOCK: &str = "lock";
 /// How long somebody else may hold it, and how often that is looked at.
@@ -209,6 +209,7 @@ impl Storage for LocalStorage {
             ObjectKind::Lease => vec![PathBuf::from("leases")],
             ObjectKind::Protection => vec![PathBuf::from("protected")],
             ObjectKind::Quarantine => vec![PathBuf::from("quarantine")],
+            ObjectKind::Verified => vec![PathBuf::from("verified")],
         };
         let mut listed = Vec::new();
         for dir in dirs {
@@ -274,7 +275,7 @@ impl Storage for LocalStorage {
         if !only_lock || !known || !self.folder.list_dirs(Path::new("packs"))?.is_empty() {
             return Ok(false);
         }
-        for dir in ["packs", "index", "points", "damaged", "leases", "protected", "quarantine"] {
+        for dir in ["packs", "index", "points", "damaged", "leases", "protected", "quarantine", "verified"] {
             if !self.folder.list(Path::new(dir))?.is_empty() {
                 return Ok(false);
             }

@@ -11,7 +11,7 @@ use std::io;
 
 use bytes::Bytes;
 
-use crate::id::{BatchId, LeaseId, PackId, RecoveryPointId, RunId, SlotId};
+use crate::id::{BatchId, LeaseId, PackId, RecoveryPointId, RunId, SlotId, VerifiedId};
 use crate::lease::{Surroundings, System};
 use crate::mapping::Mapping;
 
@@ -40,6 +40,8 @@ pub enum Object {
     Quarantine(BatchId),
     /// A note of what the last collect knew.
     Liveness,
+    /// A list of packs and when they were verified.
+    Verified(VerifiedId),
 }
 
 /// The kinds of objects that can be listed.
@@ -61,6 +63,8 @@ pub enum ObjectKind {
     Protection,
     /// Batches of packs that wait for their deletion.
     Quarantine,
+    /// Lists of verified packs.
+    Verified,
 }
 
 /// An object and its length.
@@ -90,6 +94,7 @@ impl Object {
             Object::Protection(id) => format!("protected/{id}"),
             Object::Quarantine(id) => format!("quarantine/{id}"),
             Object::Liveness => "liveness".to_owned(),
+            Object::Verified(id) => format!("verified/{id}"),
         }
     }
 
@@ -104,6 +109,7 @@ impl Object {
             ObjectKind::Lease => name.parse().ok().map(Object::Lease),
             ObjectKind::Protection => name.parse().ok().map(Object::Protection),
             ObjectKind::Quarantine => name.parse().ok().map(Object::Quarantine),
+            ObjectKind::Verified => name.parse().ok().map(Object::Verified),
         }
     }
 }
@@ -121,6 +127,7 @@ impl fmt::Display for Object {
             Object::Protection(_) => write!(out, "protection {}", self.path()),
             Object::Quarantine(_) => write!(out, "quarantine object {}", self.path()),
             Object::Liveness => out.write_str("summary `liveness`"),
+            Object::Verified(_) => write!(out, "list of verified packs {}", self.path()),
         }
     }
 }
@@ -216,6 +223,7 @@ mod tests {
             Object::Protection(RecoveryPointId([4; 32])),
             Object::Quarantine(BatchId([5; 16])),
             Object::Liveness,
+            Object::Verified(VerifiedId([4; 32])),
         ]
         .map(|object| object.path());
         let pack = format!("packs/cd/{}", "cd".repeat(32));
@@ -226,9 +234,13 @@ mod tests {
         let marker = format!("damaged/{}", "03".repeat(32));
         let protection = format!("protected/{}", "04".repeat(32));
         let lease = format!("leases/{}", "04".repeat(16));
+        let verified = format!("verified/{}", "04".repeat(32));
         let batch = format!("quarantine/{}", "05".repeat(16));
         let (config, liveness) = ("repository".to_owned(), "liveness".to_owned());
-        assert_eq!(paths, [config, slot, pack, run, damaged, point, marker, lease, protection, batch, liveness]);
+        assert_eq!(
+            paths,
+            [config, slot, pack, run, damaged, point, marker, lease, protection, batch, liveness, verified]
+        );
     }
 
     #[test]
