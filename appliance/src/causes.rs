@@ -225,8 +225,7 @@ impl Problem {
                 Problem::from_read(&format!("{title}: at offset {offset}"), source)
             }
             RestoreError::Target { .. } | RestoreError::Threads(_) => Problem::failed(title, error),
-            RestoreError::Cancelled => Problem::new(Kind::Failed, format!("the restore of {what} was cancelled"))
-                .hint("its target is as it was"),
+            RestoreError::Cancelled => Problem::new(Kind::Failed, format!("the restore of {what} was cancelled")),
         }
     }
 

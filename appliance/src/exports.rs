@@ -393,4 +393,33 @@ impl blockstore::Target for ImageTarget<'_> {
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.0.write_at(offset, data)
     }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.0.next_data(offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.0.write_zeroes(offset, length)
+    }
+}
+
+/// An image that a restore has written, to be compared.
+pub struct WrittenImage(pub Box<dyn images::DiskImage>);
+
+impl blockstore::Target for WrittenImage {
+    fn write_at(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.0.next_data(offset)
+    }
 }

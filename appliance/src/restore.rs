@@ -1,16 +1,17 @@
 //! Restore: a recovery point's disks written to image files or block devices.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use blockstore::{Progress, Repository, ZeroPolicy};
+use blockstore::{Base, PointDisk, Progress, Repository, RestoreError, ZeroPolicy};
 use images::{Overwrite, TargetFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::PointSummary;
-use crate::exports::ImageTarget;
-use crate::problem::Problem;
+use crate::exports::{ImageTarget, WrittenImage};
+use crate::problem::{Kind, Problem};
 
 /// A target as it was given.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,7 +23,7 @@ pub struct Target {
 }
 
 /// What to restore to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreRequest {
     /// Where to.
     pub targets: Vec<Target>,
@@ -32,6 +33,25 @@ pub struct RestoreRequest {
     /// Whether what exists may be replaced.
     #[serde(default)]
     pub overwrite: bool,
+    /// What to begin with.
+    #[serde(default)]
+    pub start: Start,
+    /// Read everything back and compare it.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// What a restore begins with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// A new file.
+    #[default]
+    New,
+    /// What the target holds: only what differs is written.
+    InPlace,
+    /// What an interrupted restore left, if it left something. Interrupted again, it leaves it again.
+    Resume,
 }
 
 /// What a restore did.
@@ -54,8 +74,14 @@ pub struct RestoredDisk {
     pub target: PathBuf,
     /// In bytes.
     pub size: u64,
-    /// Bytes written; the rest are holes.
+    /// Bytes written; the rest are holes, or were right already.
     pub written: u64,
+    /// Bytes of the disk that were found to be right already; none where nothing was looked at.
+    #[serde(default)]
+    pub unchanged: Option<u64>,
+    /// Whether all of it was read back and compared.
+    #[serde(default)]
+    pub verified: bool,
 }
 
 /// Which disk goes where.
@@ -63,6 +89,8 @@ pub struct RestoredDisk {
 pub struct Plan {
     steps: Vec<Step>,
     overwrite: Overwrite,
+    start: Start,
+    verify: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,7 +175,13 @@ pub fn plan(point: &PointSummary, request: &RestoreRequest) -> Result<Plan, Prob
         }
     }
     let overwrite = if request.overwrite { Overwrite::Replace } else { Overwrite::Refuse };
-    Ok(Plan { steps, overwrite })
+    if request.start != Start::New
+        && let Some(step) = steps.iter().find(|step| step.format == TargetFormat::Qcow2)
+    {
+        return Err(Problem::usage(format!("cannot go on with {}: it is qcow2", step.path.display()))
+            .hint("--in-place and --resume are for raw files and block devices"));
+    }
+    Ok(Plan { steps, overwrite, start: request.start, verify: request.verify })
 }
 
 /// Formats that a target's name may promise and that are not written.
@@ -162,7 +196,7 @@ fn by_ending(path: &Path) -> Result<TargetFormat, Problem> {
     Ok(if ending == "qcow2" { TargetFormat::Qcow2 } else { TargetFormat::Raw })
 }
 
-/// Restores disk by disk. A disk that fails leaves no target; those before it stay.
+/// Restores disk by disk. A disk that fails leaves no target, unless it was to go on with one; those before it stay.
 pub fn restore(
     repository: &Repository,
     point: &PointSummary,
@@ -179,20 +213,97 @@ pub fn restore(
         let disk = repository
             .open_disk(&loaded, &step.disk)
             .map_err(|error| Problem::from_read(&format!("cannot restore {what}"), &error))?;
-        let target = images::create_target(&step.path, step.format, step.size, plan.overwrite)
-            .map_err(|error| Problem::from_target(&what, &error))?;
-        let zeroes = if target.starts_zeroed() { ZeroPolicy::TargetIsZero } else { ZeroPolicy::WriteZeroes };
-        let stats = blockstore::restore(&disk, &ImageTarget(target.as_ref()), zeroes, progress)
-            .map_err(|error| Problem::from_restore(&what, &error))?;
-        target.finish().map_err(|error| Problem::failed(format!("cannot restore {what}"), &error))?;
+        let (target, held) = open_target(plan, step).map_err(|error| Problem::from_target(&what, &error))?;
+        let left_behind = |problem: Problem| {
+            let hints = [problem.hint.as_deref(), Some(plan.start.left_behind())];
+            let hint = hints.into_iter().flatten().collect::<Vec<_>>().join("; ");
+            problem.hint(hint)
+        };
+        let done = write(&disk, target.as_ref(), held, progress)
+            .map_err(|error| left_behind(Problem::from_restore(&what, &error)))?;
+        target.finish().map_err(|error| left_behind(Problem::failed(format!("cannot restore {what}"), &error)))?;
+        if plan.verify {
+            read_back(&disk, step, &what, progress)?;
+        }
         disks.push(RestoredDisk {
             name: step.disk.clone(),
             target: step.path.clone(),
             size: step.size,
-            written: stats.data,
+            written: done.written,
+            unchanged: done.unchanged,
+            verified: plan.verify,
         });
     }
     Ok(RestoreResult { point: point.id.clone(), disks, seconds: started.elapsed().as_secs_f64() })
+}
+
+impl Start {
+    /// What becomes of the target when a restore does not come to its end.
+    fn left_behind(self) -> &'static str {
+        match self {
+            Start::New => "a file is as it was; a block device holds part of the disk",
+            Start::InPlace => "the target holds part of the disk; the same command goes on with it",
+            Start::Resume => "what is written is kept; the same command goes on with it",
+        }
+    }
+}
+
+/// The target, and whether it may hold something already.
+fn open_target(plan: &Plan, step: &Step) -> Result<(Box<dyn images::ImageTarget>, bool), images::TargetError> {
+    match plan.start {
+        Start::New => {
+            images::create_target(&step.path, step.format, step.size, plan.overwrite).map(|target| (target, false))
+        }
+        Start::InPlace => images::open_in_place(&step.path, step.size).map(|target| (target, true)),
+        Start::Resume => images::resume_target(&step.path, step.size, plan.overwrite),
+    }
+}
+
+struct Done {
+    written: u64,
+    unchanged: Option<u64>,
+}
+
+fn write(
+    disk: &PointDisk,
+    target: &dyn images::ImageTarget,
+    held: bool,
+    progress: &Progress,
+) -> Result<Done, RestoreError> {
+    let place = ImageTarget(target);
+    if !held {
+        let zeroes = if target.starts_zeroed() { ZeroPolicy::TargetIsZero } else { ZeroPolicy::WriteZeroes };
+        let stats = blockstore::restore(disk, &place, zeroes, progress)?;
+        return Ok(Done { written: stats.data, unchanged: None });
+    }
+    let differences = blockstore::compare(disk, &place, progress)?;
+    blockstore::restore_changed(disk, &place, &differences, progress)?;
+    let unchanged = Base::size(disk).saturating_sub(differences.bytes());
+    Ok(Done { written: differences.bytes(), unchanged: Some(unchanged) })
+}
+
+/// Reads the finished target again, from where it is stored and not from memory, and compares it with the point.
+fn read_back(disk: &PointDisk, step: &Step, what: &str, progress: &Progress) -> Result<(), Problem> {
+    let title = format!("cannot read back {what}");
+    let format = match step.format {
+        TargetFormat::Raw => images::Format::Raw,
+        TargetFormat::Qcow2 => images::Format::Qcow2,
+    };
+    let file = File::open(&step.path).map_err(|error| Problem::failed(&title, &error))?;
+    // Everything is synced: what is dropped from memory comes from the device. Where it cannot be, memory has to do.
+    let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+    let options = images::OpenOptions { format: Some(format), backing_files: images::BackingFiles::Refuse };
+    let image = images::open(&step.path, &options).map_err(|error| Problem::failed(&title, &error))?;
+    let found = blockstore::compare(disk, &WrittenImage(image), progress)
+        .map_err(|error| Problem::from_restore(what, &error))?;
+    match found.first_offset() {
+        None => Ok(()),
+        Some(offset) => Err(Problem::new(
+            Kind::Failed,
+            format!("{what}: {} bytes read back otherwise than they were written, first at {offset}", found.bytes()),
+        )
+        .hint("see to the target's disk; `restore --in-place` writes what differs once more")),
+    }
 }
 
 #[cfg(test)]
@@ -208,7 +319,7 @@ mod tests {
 
     fn planned(disks: &[&str], targets: &[&str]) -> Result<Vec<(String, PathBuf)>, Kind> {
         let targets = targets.iter().map(|target| parse_target(target).unwrap()).collect();
-        let request = RestoreRequest { targets, format: None, overwrite: false };
+        let request = RestoreRequest { targets, ..RestoreRequest::default() };
         plan(&point(disks), &request)
             .map(|plan| plan.steps.into_iter().map(|step| (step.disk, step.path)).collect())
             .map_err(|problem| problem.kind)

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use blockstore::{Progress, Repository, VerifyOptions};
+use blockstore::{DataCheck, Progress, Repository, VerifyOptions};
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::PointSummary;
@@ -15,9 +16,44 @@ pub struct VerifyRequest {
     /// One recovery point; all of the repository when not given.
     #[serde(default)]
     pub point: Option<String>,
-    /// Read and check every chunk.
+    /// Read and check the data, too.
     #[serde(default)]
     pub read_data: bool,
+    /// How much of it, longest unverified first: `5%`, or bytes as in `10G`; all when not given.
+    #[serde(default)]
+    pub portion: Option<String>,
+    /// Take a pack that hashes to its name to be right, without opening what is in it.
+    #[serde(default)]
+    pub hash_only: bool,
+}
+
+impl VerifyRequest {
+    /// How much data to read.
+    pub fn data(&self) -> Result<DataCheck, Problem> {
+        match (self.read_data, self.portion.as_deref()) {
+            (false, None) => Ok(DataCheck::None),
+            (true, None) => Ok(DataCheck::All),
+            (_, Some(portion)) => parse_portion(portion),
+        }
+    }
+}
+
+fn parse_portion(text: &str) -> Result<DataCheck, Problem> {
+    let bad = || {
+        Problem::usage(format!("`{text}` is neither a share like 5% nor a size like 10G"))
+            .hint("a POINT stands before --read-data")
+    };
+    match text.strip_suffix('%') {
+        None => crate::cli::parse_size(text).map(DataCheck::Bytes).map_err(|_| bad()),
+        Some(share) => {
+            let (whole, tenths) = share.split_once('.').unwrap_or((share, "0"));
+            let (whole, tenths): (u32, u32) = (whole.parse().map_err(|_| bad())?, tenths.parse().map_err(|_| bad())?);
+            match whole.saturating_mul(10).saturating_add(tenths) {
+                per_mille @ 1..=1000 if tenths < 10 => Ok(DataCheck::PerMille(per_mille)),
+                _ => Err(bad()),
+            }
+        }
+    }
 }
 
 /// What was found.
@@ -36,6 +72,15 @@ pub struct VerifyResult {
     pub packs_read: u64,
     /// Bytes of them.
     pub bytes_read: u64,
+    /// Packs that recovery points need.
+    #[serde(default)]
+    pub packs_needed: u64,
+    /// Bytes of them.
+    #[serde(default)]
+    pub bytes_needed: u64,
+    /// When the one of them that waits longest was verified last; nothing if it never was.
+    #[serde(default)]
+    pub oldest_verified: Option<DateTime<Utc>>,
     /// Packs that no recovery point needs; not damage.
     pub unreferenced: u64,
     /// Chunks looked at.
@@ -63,15 +108,24 @@ pub struct Damage {
 pub struct Hit {
     /// The recovery point.
     pub point: String,
+    /// Its machine.
+    #[serde(default)]
+    pub machine: String,
     /// Its disk.
     pub disk: String,
+    /// Bytes of the disk that cannot be read.
+    #[serde(default)]
+    pub bytes: u64,
+    /// Which: `[from, to]`, `to` not among them.
+    #[serde(default)]
+    pub ranges: Vec<[u64; 2]>,
 }
 
 /// Verifies `point`, or everything.
 pub fn verify(
     repository: &Repository,
     point: Option<&PointSummary>,
-    read_data: bool,
+    request: &VerifyRequest,
     progress: &Arc<Progress>,
 ) -> Result<VerifyResult, Problem> {
     let started = Instant::now();
@@ -84,9 +138,8 @@ pub fn verify(
                 .map_err(|_| Problem::usage(format!("`{}` is not the id of a recovery point", point.id)))?,
         ),
     };
-    let report = repository
-        .verify(VerifyOptions { point, read_data }, progress)
-        .map_err(|error| Problem::from_verify(&error))?;
+    let options = VerifyOptions { point, data: request.data()?, hash_only: request.hash_only };
+    let report = repository.verify(options, progress).map_err(|error| Problem::from_verify(&error))?;
     let damaged: Vec<Damage> = report.damaged.into_iter().map(told).collect();
     Ok(VerifyResult {
         ok: damaged.is_empty(),
@@ -95,6 +148,12 @@ pub fn verify(
         points: report.points,
         packs_read: report.packs_read,
         bytes_read: report.bytes_read,
+        packs_needed: report.packs_needed,
+        bytes_needed: report.bytes_needed,
+        oldest_verified: i64::try_from(report.oldest_unix_s)
+            .ok()
+            .filter(|seconds| *seconds > 0)
+            .and_then(|seconds| DateTime::from_timestamp(seconds, 0)),
         unreferenced: report.unreferenced,
         chunks: report.chunks,
         seconds: started.elapsed().as_secs_f64(),
@@ -107,6 +166,33 @@ pub fn told(damage: blockstore::Damage) -> Damage {
     Damage {
         object: damage.object.to_string(),
         problem: damage.what,
-        hits: damage.affected.iter().map(|hit| Hit { point: hit.point.to_string(), disk: hit.disk.clone() }).collect(),
+        hits: damage.affected.into_iter().map(hit).collect(),
+    }
+}
+
+fn hit(affected: blockstore::Affected) -> Hit {
+    Hit {
+        point: affected.point.to_string(),
+        machine: affected.machine,
+        disk: affected.disk,
+        bytes: affected.ranges.iter().map(|range| range.end - range.start).sum(),
+        ranges: affected.ranges.into_iter().map(|range| [range.start, range.end]).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn portions_are_shares_or_sizes() {
+        let data = |portion: &str| parse_portion(portion).ok();
+        assert_eq!(data("5%"), Some(DataCheck::PerMille(50)));
+        assert_eq!(data("0.5%"), Some(DataCheck::PerMille(5)));
+        assert_eq!(data("100%"), Some(DataCheck::PerMille(1000)));
+        assert_eq!(data("2G"), Some(DataCheck::Bytes(2 << 30)));
+        for bad in ["0%", "101%", "-1%", "%", "5.55%", "web01", "", "99999999999%"] {
+            assert_eq!(data(bad), None, "{bad}");
+        }
     }
 }

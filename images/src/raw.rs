@@ -54,6 +54,29 @@ pub(crate) fn device_size(mut file: &File) -> io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 
+/// The next range that a file does not know to be a hole.
+pub(crate) fn next_data(file: &File, offset: u64, size: u64, device: bool) -> io::Result<Option<Range<u64>>> {
+    if offset >= size {
+        return Ok(None);
+    }
+    if device {
+        return Ok(Some(offset..size));
+    }
+    let start = match rustix::fs::seek(file, Whence::Data(offset)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        // A file system that cannot tell has data everywhere.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(offset..size)),
+        Err(error) => return Err(error.into()),
+    };
+    if start >= size {
+        return Ok(None);
+    }
+    let end = rustix::fs::seek(file, Whence::Hole(start))?.min(size);
+    // The file may be changing under us; what is certain is that the range begins with data.
+    Ok(Some(start..end.max(start + 1)))
+}
+
 impl DiskImage for Raw {
     fn size(&self) -> u64 {
         self.size
@@ -69,25 +92,7 @@ impl DiskImage for Raw {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        if offset >= self.size {
-            return Ok(None);
-        }
-        if self.device {
-            return Ok(Some(offset..self.size));
-        }
-        let start = match rustix::fs::seek(&self.file, Whence::Data(offset)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => return Ok(None),
-            // A file system that cannot tell has data everywhere.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(offset..self.size)),
-            Err(error) => return Err(error.into()),
-        };
-        if start >= self.size {
-            return Ok(None);
-        }
-        let end = rustix::fs::seek(&self.file, Whence::Hole(start))?.min(self.size);
-        // The file may be changing under us; what is certain is that the range begins with data.
-        Ok(Some(start..end.max(start + 1)))
+        next_data(&self.file, offset, self.size, self.device)
     }
 
     fn current_size(&self) -> io::Result<u64> {

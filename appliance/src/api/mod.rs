@@ -178,13 +178,14 @@ async fn verify_repository(
     State(app): Shared,
     Body(request): Body<verify::VerifyRequest>,
 ) -> Result<Response, Problem> {
+    request.data()?;
     let resolving = app.clone();
     let spec = request.point.clone();
     let point = blocking(move || spec.map(|spec| resolving.resolve(&spec)).transpose()).await?;
     let subject = point.as_ref().map_or("the repository".to_owned(), |point| format!("point {}", point.id));
     let jobs = app.jobs.clone();
     let job = jobs.start("verify", subject, move |progress| {
-        let result = verify::verify(&app.repository, point.as_ref(), request.read_data, progress)?;
+        let result = verify::verify(&app.repository, point.as_ref(), &request, progress)?;
         to_value(&result)
     });
     Ok(accepted(&job))

@@ -258,15 +258,28 @@ pub struct Restore {
     /// Replace files that exist and write to block devices
     #[arg(long)]
     pub overwrite: bool,
+    /// Change raw files or block devices that exist: what they hold is hashed, and only what differs is written
+    #[arg(long, conflicts_with_all = ["overwrite", "resume"])]
+    pub in_place: bool,
+    /// Go on where an interrupted restore to the same target stopped; if this one is interrupted, keep what it did
+    #[arg(long)]
+    pub resume: bool,
+    /// Read everything back afterwards and compare it
+    #[arg(long)]
+    pub verify: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct Verify {
     /// Only what this recovery point needs [default: all of the repository]
     pub point: Option<String>,
-    /// Read, decrypt and check every chunk, not only the structure
-    #[arg(long)]
-    pub read_data: bool,
+    /// Read, decrypt and check the data, not only the structure: all of it, or a share (5%) or size (10G) of what
+    /// waits longest
+    #[arg(long, num_args = 0..=1, default_missing_value = "100%", value_name = "PORTION")]
+    pub read_data: Option<String>,
+    /// With --read-data: check packs by their hash alone, which proves them as they were written; faster
+    #[arg(long, requires = "read_data")]
+    pub hash_only: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 
+pub use args::parse_size;
 use args::{Cli, Command};
 use connect::Door;
 

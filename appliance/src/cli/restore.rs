@@ -5,14 +5,20 @@ use super::client::segment;
 use super::connect::Door;
 use super::{progress, render};
 use crate::problem::Problem;
-use crate::restore::{RestoreRequest, RestoreResult};
+use crate::restore::{RestoreRequest, RestoreResult, Start};
 
 pub async fn run(door: &Door, global: &Global, args: &Restore) -> Result<(), Problem> {
     let mut targets = Vec::with_capacity(args.to.len());
     for target in &args.to {
         targets.push(crate::restore::parse_target(target)?);
     }
-    let request = RestoreRequest { targets, format: args.format.clone(), overwrite: args.overwrite };
+    let start = match (args.in_place, args.resume) {
+        (true, _) => Start::InPlace,
+        (_, true) => Start::Resume,
+        _ => Start::New,
+    };
+    let (format, overwrite, verify) = (args.format.clone(), args.overwrite, args.verify);
+    let request = RestoreRequest { targets, format, overwrite, start, verify };
     let path = format!("/api/v1/points/{}/restore", segment(&args.point));
     let result = progress::run(&door.client, &path, &request).await?;
     let result: RestoreResult =
@@ -22,12 +28,17 @@ pub async fn run(door: &Door, global: &Global, args: &Restore) -> Result<(), Pro
         return Ok(());
     }
     for disk in &result.disks {
+        let written = render::bytes(disk.written);
+        let how = match disk.unchanged {
+            None => format!("{written} of data"),
+            Some(unchanged) => format!("{written} written, {} was right already", render::bytes(unchanged)),
+        };
         render::line(&format!(
-            "restored {} to {} ({}, {} of data)",
+            "restored {} to {} ({}, {how}{})",
             disk.name,
             disk.target.display(),
             render::bytes(disk.size),
-            render::bytes(disk.written)
+            if disk.verified { "; read back and compared" } else { "" }
         ));
     }
     render::line(&format!("done in {:.1} s", result.seconds));

@@ -5,14 +5,24 @@ use super::connect::Door;
 use super::{progress, render};
 use crate::catalog::spec::short_id;
 use crate::problem::{Handling, Kind, Problem};
-use crate::verify::{VerifyRequest, VerifyResult};
+use crate::verify::{Hit, VerifyRequest, VerifyResult};
+
+/// Disks and ranges that are printed for one object.
+const HITS_SHOWN: usize = 10;
+const RANGES_SHOWN: usize = 4;
 
 /// What a verification without the key leaves open.
 const WITHOUT_KEY: &str = "checked without the key: objects are what was written and packs hold what the index says; \
                            whether points find all their chunks and frames open, only a verify with the key shows";
 
 pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Problem> {
-    let request = VerifyRequest { point: args.point.clone(), read_data: args.read_data };
+    let portion = args.read_data.clone().filter(|portion| portion != "100%");
+    let request = VerifyRequest {
+        point: args.point.clone(),
+        read_data: args.read_data.is_some(),
+        portion,
+        hash_only: args.hash_only,
+    };
     let result = progress::run(&door.client, "/api/v1/verify", &request).await?;
     let result: VerifyResult =
         serde_json::from_value(result).map_err(|error| Problem::failed("cannot read the result", &error))?;
@@ -21,8 +31,10 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
     } else {
         for damage in &result.damaged {
             render::line(&format!("DAMAGED {}: {}", damage.object, damage.problem));
-            for hit in &damage.hits {
-                render::line(&format!("        hits disk {} of point {}", hit.disk, short_id(&hit.point)));
+            damage.hits.iter().take(HITS_SHOWN).for_each(|hit| render::line(&format!("        hits {}", told(hit))));
+            if let Some(more) = damage.hits.len().checked_sub(HITS_SHOWN).filter(|more| *more > 0) {
+                let disks = render::count(more as u64, "more disk");
+                render::line(&format!("        hits {disks}; --json lists all"));
             }
         }
         for repaired in &result.repaired {
@@ -32,12 +44,24 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
             "checked {} and {}{} in {:.1} s",
             render::count(result.points, "recovery point"),
             render::count(result.chunks, "chunk"),
-            if args.read_data { format!(", read {}", render::bytes(result.bytes_read)) } else { String::new() },
+            if args.read_data.is_some() {
+                format!(", read {}", render::bytes(result.bytes_read))
+            } else {
+                String::new()
+            },
             result.seconds
         ));
     }
     if result.keyless && !global.json {
         render::line(WITHOUT_KEY);
+    }
+    if !global.json && args.read_data.is_some() && result.packs_read < result.packs_needed {
+        let since = result.oldest_verified.map_or("never".to_owned(), render::time);
+        render::line(&format!(
+            "that is {} of {}; what waits longest was verified: {since}",
+            render::bytes(result.bytes_read),
+            render::bytes(result.bytes_needed)
+        ));
     }
     if result.ok {
         if !global.json {
@@ -51,4 +75,20 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
     )
     .hint("a backup that meets a damaged chunk stores it anew; points that are not named still restore")
     .handled(Handling::AnswerTold))
+}
+
+fn told(hit: &Hit) -> String {
+    let shown = hit.ranges.iter().take(RANGES_SHOWN).map(|[from, to]| format!("{from}+{}", to - from));
+    let mut ranges: Vec<String> = shown.collect();
+    if hit.ranges.len() > RANGES_SHOWN {
+        ranges.push(format!("{} more", hit.ranges.len() - RANGES_SHOWN));
+    }
+    format!(
+        "{} disk {} of point {}: {} at {}",
+        hit.machine,
+        hit.disk,
+        short_id(&hit.point),
+        render::bytes(hit.bytes),
+        ranges.join(", ")
+    )
 }

@@ -16,6 +16,7 @@ mod raw;
 mod temporary;
 
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
@@ -50,6 +51,22 @@ pub trait ImageTarget: Send + Sync {
     /// Whether what is not written reads as zeroes.
     fn starts_zeroed(&self) -> bool;
 
+    /// Fills `buf` from `offset`. Only what was opened to go on with can be read.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let _ = (offset, buf);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The next range at or after `offset` that may hold something else than zeroes.
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(Some(offset..u64::MAX))
+    }
+
+    /// Makes a range read as zeroes, giving its space back where that is possible.
+    fn write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        write_zeroes(length, |at, zeroes| self.write_at(offset + at, zeroes))
+    }
+
     /// Makes all of it durable and gives it its name.
     fn finish(self: Box<Self>) -> io::Result<()>;
 }
@@ -79,6 +96,49 @@ pub fn create_target(
         TargetFormat::Raw => Ok(Box::new(RawTarget::file(path, size, overwrite).map_err(io_error)?)),
         TargetFormat::Qcow2 => Ok(Box::new(Qcow2Target::create(path, size, overwrite).map_err(io_error)?)),
     }
+}
+
+/// Opens a raw file or block device that exists, to change what is in it. A file gets `size` bytes: what is beyond is cut
+/// off, what is missing is a hole.
+pub fn open_in_place(path: &Path, size: u64) -> Result<Box<dyn ImageTarget>, TargetError> {
+    let io_error = |source| TargetError::Io { path: path.to_owned(), source };
+    let unfit = |reason| TargetError::Unfit { path: path.to_owned(), format: TargetFormat::Raw.name(), reason };
+    let there = std::fs::metadata(path).map_err(io_error)?;
+    if there.file_type().is_block_device() {
+        return device(path, TargetFormat::Raw, size, Overwrite::Replace);
+    }
+    if !there.is_file() {
+        return Err(unfit("it is neither a file nor a block device"));
+    }
+    match RawTarget::in_place(path, size).map_err(io_error)? {
+        Some(target) => Ok(Box::new(target)),
+        None => Err(unfit("it is a qcow2 image, and only raw disks are changed in place")),
+    }
+}
+
+/// Takes up a raw target that an interrupted restore left, which may hold anything, or makes a new one; the second value
+/// tells which. It stays for the next one to take up, should this one be interrupted, too.
+pub fn resume_target(
+    path: &Path,
+    size: u64,
+    overwrite: Overwrite,
+) -> Result<(Box<dyn ImageTarget>, bool), TargetError> {
+    let io_error = |source| TargetError::Io { path: path.to_owned(), source };
+    match std::fs::metadata(path) {
+        Ok(there) if there.file_type().is_block_device() => {
+            return Ok((device(path, TargetFormat::Raw, size, overwrite)?, true));
+        }
+        Ok(_) if overwrite == Overwrite::Refuse => return Err(TargetError::Exists { path: path.to_owned() }),
+        Ok(there) if !there.is_file() => {
+            let reason = "it is neither a file nor a block device";
+            return Err(TargetError::Unfit { path: path.to_owned(), format: TargetFormat::Raw.name(), reason });
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(io_error(error)),
+    }
+    let (target, resumed) = RawTarget::resume(path, size, overwrite).map_err(io_error)?;
+    Ok((Box::new(target), resumed))
 }
 
 /// Makes a raw target: [`create_target`] with [`TargetFormat::Raw`].
@@ -114,6 +174,17 @@ fn device(
         return Err(TargetError::TooSmall { path: path.to_owned(), available: target.available(), needed: size });
     }
     Ok(Box::new(target))
+}
+
+fn write_zeroes(length: u64, mut write: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
+    static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+    let mut done = 0;
+    while done < length {
+        let step = usize::try_from(length - done).unwrap_or(usize::MAX).min(ZEROES.len());
+        write(done, ZEROES.get(..step).unwrap_or(&ZEROES))?;
+        done += step as u64;
+    }
+    Ok(())
 }
 
 fn check_range(offset: u64, length: usize, size: u64) -> io::Result<()> {

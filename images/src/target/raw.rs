@@ -2,13 +2,17 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::io::Errno;
+
 use super::direct::Direct;
 use super::temporary::Temporary;
-use super::{ImageTarget, Overwrite, check_range};
-use crate::raw::device_size;
+use super::{ImageTarget, Overwrite, check_range, write_zeroes};
+use crate::raw::{device_size, next_data};
 
 /// A file or device whose bytes become the disk.
 pub(super) struct RawTarget {
@@ -20,6 +24,8 @@ pub(super) struct RawTarget {
 enum Place {
     File(Temporary),
     Device(File),
+    /// A file under its own name.
+    InPlace(File),
 }
 
 impl RawTarget {
@@ -28,6 +34,39 @@ impl RawTarget {
         temporary.file().set_len(size)?;
         let direct = Direct::of(temporary.file());
         Ok(RawTarget { place: Place::File(temporary), direct, size })
+    }
+
+    /// What an interrupted restore left, or a new file; true for the first.
+    pub(super) fn resume(path: &Path, size: u64, overwrite: Overwrite) -> io::Result<(RawTarget, bool)> {
+        let (temporary, resumed) = Temporary::resume(path, overwrite)?;
+        temporary.file().set_len(size)?;
+        let direct = Direct::of(temporary.file());
+        Ok((RawTarget { place: Place::File(temporary), direct, size }, resumed))
+    }
+
+    /// A file that exists. None if it is a qcow2 image.
+    pub(super) fn in_place(path: &Path, size: u64) -> io::Result<Option<RawTarget>> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => return Err(io::Error::other("another process is writing to it")),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK | Errno::INVAL) | Ok(()) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut magic = [0; 4];
+        let says_raw = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("raw"));
+        if !says_raw && file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"QFI\xfb" {
+            return Ok(None);
+        }
+        file.set_len(size)?;
+        let direct = Direct::of(&file);
+        Ok(Some(RawTarget { place: Place::InPlace(file), direct, size }))
+    }
+
+    fn handle(&self) -> &File {
+        match &self.place {
+            Place::File(temporary) => temporary.file(),
+            Place::Device(file) | Place::InPlace(file) => file,
+        }
     }
 
     /// Held exclusively: the kernel refuses a device that is mounted or belongs to a volume group.
@@ -41,7 +80,7 @@ impl RawTarget {
     /// Bytes there are room for.
     pub(super) fn available(&self) -> u64 {
         match &self.place {
-            Place::File(_) => self.size,
+            Place::File(_) | Place::InPlace(_) => self.size,
             Place::Device(file) => device_size(file).unwrap_or(0),
         }
     }
@@ -53,9 +92,23 @@ impl ImageTarget for RawTarget {
         if self.direct.write_at(offset, data)? {
             return Ok(());
         }
-        match &self.place {
-            Place::File(temporary) => temporary.file().write_all_at(data, offset),
-            Place::Device(file) => file.write_all_at(data, offset),
+        self.handle().write_all_at(data, offset)
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        check_range(offset, buf.len(), self.size)?;
+        self.handle().read_exact_at(buf, offset)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        next_data(self.handle(), offset, self.size, matches!(self.place, Place::Device(_)))
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        check_range(offset, usize::try_from(length).unwrap_or(usize::MAX), self.size)?;
+        match fallocate(self.handle(), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length) {
+            Ok(()) => Ok(()),
+            Err(_) => write_zeroes(length, |at, zeroes| self.handle().write_all_at(zeroes, offset + at)),
         }
     }
 
@@ -66,7 +119,7 @@ impl ImageTarget for RawTarget {
     fn finish(self: Box<Self>) -> io::Result<()> {
         match self.place {
             Place::File(temporary) => temporary.publish(),
-            Place::Device(file) => file.sync_all(),
+            Place::Device(file) | Place::InPlace(file) => file.sync_all(),
         }
     }
 }

@@ -33,17 +33,15 @@ pub(super) struct Temporary {
     name: PathBuf,
     overwrite: Overwrite,
     published: bool,
+    /// Whether it stays for [`Temporary::resume`] when it is dropped unfinished.
+    kept: bool,
 }
 
 impl Temporary {
     /// Creates it beside its final name. A symbolic link there is followed: what it leads to is replaced, not the link.
     pub(super) fn create(name: &Path, overwrite: Overwrite) -> io::Result<Temporary> {
         static COUNTER: AtomicU64 = AtomicU64::new(0);
-        let name = match fs::canonicalize(name) {
-            Ok(name) => name,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(name)?,
-            Err(error) => return Err(error),
-        };
+        let name = final_name(name)?;
         let base = name.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         remove_leftovers(&name, base);
         loop {
@@ -68,12 +66,35 @@ impl Temporary {
             if !is_named(&file, &temporary)? {
                 continue;
             }
-            let created = Temporary { file, temporary, name: name.clone(), overwrite, published: false };
+            let created = Temporary { file, temporary, name: name.clone(), overwrite, published: false, kept: false };
             if let Ok(replaced) = fs::metadata(&name) {
                 created.file.set_permissions(replaced.permissions())?;
             }
             return Ok(created);
         }
+    }
+
+    /// Takes up what an interrupted writer of this name left, or creates a new one; true for the first. It stays when it
+    /// is dropped unfinished, to be taken up again.
+    pub(super) fn resume(name: &Path, overwrite: Overwrite) -> io::Result<(Temporary, bool)> {
+        let name = final_name(name)?;
+        let base = name.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?.to_owned();
+        let entries = fs::read_dir(name.parent().unwrap_or(Path::new("/")))?;
+        for entry in entries.flatten().filter(|entry| is_temporary_of(&base, &entry.file_name())) {
+            let temporary = entry.path();
+            match lock_leftover(&temporary) {
+                Ok(Some(file)) => {
+                    return Ok((Temporary { file, temporary, name, overwrite, published: false, kept: true }, true));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(path = %temporary.display(), %error, "cannot take up an unfinished image");
+                }
+            }
+        }
+        let mut created = Temporary::create(&name, overwrite)?;
+        created.kept = true;
+        Ok((created, false))
     }
 
     pub(super) fn file(&self) -> &File {
@@ -132,24 +153,38 @@ fn remove_leftovers(name: &Path, base: &OsStr) {
     }
 }
 
+fn final_name(name: &Path) -> io::Result<PathBuf> {
+    match fs::canonicalize(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(name),
+        found => found,
+    }
+}
+
 /// Returns whether it was one.
 fn remove_leftover(path: &Path) -> io::Result<bool> {
+    let Some(_held) = lock_leftover(path)? else { return Ok(false) };
+    fs::remove_file(path)?;
+    Ok(true)
+}
+
+/// The file, locked, if nobody else has it.
+fn lock_leftover(path: &Path) -> io::Result<Option<File>> {
     // Neither a symbolic link is followed nor a FIFO waited for. Some file systems lock only what is open for writing.
     let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).unwrap_or(0);
     let file = File::options().read(true).write(true).custom_flags(flags).open(path)?;
     if !file.metadata()?.is_file() {
-        return Ok(false);
+        return Ok(None);
     }
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Ok(false),
+        Err(Errno::WOULDBLOCK) => return Ok(None),
         Err(error) => return Err(error.into()),
     }
     if !is_named(&file, path)? {
-        return Ok(false);
+        return Ok(None);
     }
-    fs::remove_file(path)?;
-    Ok(true)
+    // Opened so as not to wait for a pipe; a regular file takes no notice.
+    Ok(Some(file))
 }
 
 /// Whether the name leads to this very file.
@@ -165,6 +200,7 @@ fn is_named(file: &File, name: &Path) -> io::Result<bool> {
 impl Drop for Temporary {
     fn drop(&mut self) {
         if !self.published
+            && !self.kept
             && let Err(error) = fs::remove_file(&self.temporary)
         {
             tracing::warn!(path = %self.temporary.display(), %error, "cannot remove an unfinished image");

@@ -26,6 +26,9 @@ use crate::point::RecoveryPoint;
 use crate::progress::Progress;
 use crate::storage::{Object, ObjectKind};
 
+/// How often the walk begins anew because the index changed.
+const WALKS_MAX: u32 = 3;
+
 /// What to check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VerifyOptions {
@@ -135,6 +138,7 @@ pub(super) struct Rotten {
     what: String,
     /// Chunks and nodes that cannot be read from it; none for all.
     bad: Option<HashSet<ChunkId, IdHash>>,
+    missing: bool,
 }
 
 impl Rotten {
@@ -217,6 +221,12 @@ impl<'a> Verifier<'a> {
         self.check_index()?;
         self.load_points()?;
         self.walk()?;
+        for _ in 0..WALKS_MAX {
+            if self.wrong.is_empty() || !self.index_changed()? {
+                break;
+            }
+            self.walk()?;
+        }
         if self.options.data != DataCheck::None {
             // Where a pack turns out to be damaged, the points may need others in its place: look once more.
             while self.read_data()? {
@@ -224,6 +234,15 @@ impl<'a> Verifier<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Where something is not as the index says, it may be as a newer index says: a collect moves chunks to other packs.
+    fn index_changed(&mut self) -> Result<bool, VerifyError> {
+        let index = &self.repository.fetcher().index;
+        let seen = index.generation();
+        index.refresh()?;
+        self.packs = list_packs(self.repository)?;
+        Ok(index.generation() != seen)
     }
 
     pub fn finish(mut self) -> Result<VerifyReport, VerifyError> {

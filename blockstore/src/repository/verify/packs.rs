@@ -41,6 +41,7 @@ impl Verifier<'_> {
         let packs = self.choose();
         self.progress.add_total(packs.iter().filter_map(|pack| self.packs.get(pack)).sum());
         let mut found = false;
+        let mut changed = false;
         for part in packs.chunks(KEPT_EVERY) {
             let checked = self.check_packs(part);
             let mut whole = BTreeMap::new();
@@ -52,6 +53,8 @@ impl Verifier<'_> {
                 self.read.insert(pack);
                 let damaged = &self.repository.fetcher().damaged;
                 match rotten {
+                    // Perhaps because a collect has moved what it held.
+                    Some(rotten) if rotten.missing && self.is_dropped(&pack)? => changed = true,
                     Some(rotten) => {
                         damaged.mark(self.repository.storage(), pack);
                         self.rotten.insert(pack, rotten);
@@ -74,7 +77,14 @@ impl Verifier<'_> {
             }
             self.stop_if_cancelled()?;
         }
-        Ok(found)
+        Ok(found || changed)
+    }
+
+    /// Whether the index as it is now does not name a pack.
+    fn is_dropped(&self, pack: &PackId) -> Result<bool, ReadError> {
+        let index = &self.repository.fetcher().index;
+        index.refresh()?;
+        Ok(!index.packs().iter().any(|row| row.pack == *pack))
     }
 
     /// Marked packs first, then by the time at which they were verified last.
@@ -130,11 +140,15 @@ impl Verifier<'_> {
     /// Reads a pack and checks its name, its structure and its frames.
     fn check_pack(&self, pack: PackId, buffer: &mut Vec<u8>) -> Result<Checked, ReadError> {
         let fetcher = self.repository.fetcher();
-        let lost = |what| Ok(Checked { pack, bytes: 0, rotten: Some(Rotten { what, bad: None }) });
+        let rotten = |what| Rotten { what, bad: None, missing: false };
+        let lost = |what| Ok(Checked { pack, bytes: 0, rotten: Some(rotten(what)) });
         let len = match fetcher.storage.len(&Object::Pack(pack)) {
             Ok(len) if len > u64::from(MAX_PACK_LEN) => return lost(format!("it is too long, {len} bytes")),
             Ok(len) => usize::try_from(len).unwrap_or(usize::MAX), // at most MAX_PACK_LEN
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return lost("it is missing".to_owned()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let missing = Rotten { missing: true, ..rotten("it is missing".to_owned()) };
+                return Ok(Checked { pack, bytes: 0, rotten: Some(missing) });
+            }
             Err(error) => return lost(cannot_be_read(&error)),
         };
         let read = self.read_pack(pack, len, buffer);
@@ -171,7 +185,7 @@ impl Verifier<'_> {
             (None, frames) => format!("{frames} of its frames cannot be read"),
             (Some(whole), frames) => format!("{whole}; {frames} of its frames cannot be read"),
         };
-        Ok(Checked { pack, bytes: len as u64, rotten: Some(Rotten { what, bad: Some(bad) }) })
+        Ok(Checked { pack, bytes: len as u64, rotten: Some(Rotten { bad: Some(bad), ..rotten(what) }) })
     }
 
     /// Reads a pack in steps, hashing as it goes: whether it hashes to its name.
