@@ -45,6 +45,9 @@ async fn verify(State(app): State<Arc<KeylessApp>>, Body(request): Body<VerifyRe
     if let Some(point) = &request.point {
         return Err(needs_key(&format!("recovery point `{point}` cannot be looked into without the key")));
     }
+    if request.portion.is_some() {
+        return Err(needs_key("without the key all data is verified or none, not a portion of it"));
+    }
     let worker = app.clone();
     let job = app.jobs.start("verify", "the repository, without its key".to_owned(), move |progress| {
         to_value(&crate::keyless::verify(&worker.repository, request.read_data, progress)?)
