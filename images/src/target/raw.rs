@@ -25,7 +25,7 @@ enum Place {
     File(Temporary),
     Device(File),
     /// A file under its own name.
-    InPlace(File),
+    Named(File),
 }
 
 impl RawTarget {
@@ -59,13 +59,13 @@ impl RawTarget {
         }
         file.set_len(size)?;
         let direct = Direct::of(&file);
-        Ok(Some(RawTarget { place: Place::InPlace(file), direct, size }))
+        Ok(Some(RawTarget { place: Place::Named(file), direct, size }))
     }
 
     fn handle(&self) -> &File {
         match &self.place {
             Place::File(temporary) => temporary.file(),
-            Place::Device(file) | Place::InPlace(file) => file,
+            Place::Device(file) | Place::Named(file) => file,
         }
     }
 
@@ -80,7 +80,7 @@ impl RawTarget {
     /// Bytes there are room for.
     pub(super) fn available(&self) -> u64 {
         match &self.place {
-            Place::File(_) | Place::InPlace(_) => self.size,
+            Place::File(_) | Place::Named(_) => self.size,
             Place::Device(file) => device_size(file).unwrap_or(0),
         }
     }
@@ -119,7 +119,7 @@ impl ImageTarget for RawTarget {
     fn finish(self: Box<Self>) -> io::Result<()> {
         match self.place {
             Place::File(temporary) => temporary.publish(),
-            Place::Device(file) | Place::InPlace(file) => file.sync_all(),
+            Place::Device(file) | Place::Named(file) => file.sync_all(),
         }
     }
 }

@@ -84,7 +84,7 @@ impl Verifier<'_> {
     fn is_dropped(&self, pack: &PackId) -> Result<bool, ReadError> {
         let index = &self.repository.fetcher().index;
         index.refresh()?;
-        Ok(!index.packs().iter().any(|row| row.pack == *pack))
+        Ok(!index.runs().iter().any(|run| run.packs().any(|row| row.pack == *pack)))
     }
 
     /// Marked packs first, then by the time at which they were verified last.
