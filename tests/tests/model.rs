@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 
 use blockstore::sim::SimFolder;
 use blockstore::{
-    LocalStorage, PointDetails, Progress, Protection, RecoveryPointId, Repository, Secret, SlotState, Source, Target,
-    VerifyOptions, ZeroPolicy, restore,
+    DataCheck, LocalStorage, PointDetails, Progress, Protection, RecoveryPointId, Repository, Secret, SlotState,
+    Source, Target, VerifyOptions, ZeroPolicy, restore,
 };
 use lifeboat_tests::{Random, noise, rounds, seed};
 
@@ -241,7 +241,10 @@ impl World {
     }
 
     fn verify(&mut self) {
-        let options = VerifyOptions { read_data: self.random.once_in(2), ..VerifyOptions::default() };
+        let options = VerifyOptions {
+            data: if self.random.once_in(2) { DataCheck::All } else { DataCheck::None },
+            ..VerifyOptions::default()
+        };
         self.arm();
         match self.repository.verify(options, &Progress::new()) {
             Ok(report) if report.is_ok() || self.folder.is_off() => {}
@@ -312,7 +315,7 @@ impl World {
                 }
             }
         }
-        let options = VerifyOptions { read_data: true, ..VerifyOptions::default() };
+        let options = VerifyOptions { data: DataCheck::All, ..VerifyOptions::default() };
         let report = self.repository.verify(options, &Progress::new()).unwrap_or_else(|error| self.fail(error));
         if !report.is_ok() {
             self.fail(format_args!("damage: {:?}", report.damaged));

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use blockstore::base::{Base, Segment};
 use blockstore::disk::Folder;
 use blockstore::sim::SimFolder;
-use blockstore::{PackId, PointDetails, Progress, Repository, Source, VerifyOptions};
+use blockstore::{DataCheck, PackId, PointDetails, Progress, Repository, Source, VerifyOptions};
 
 use crate::objects::{CHUNK, open, plain_config, write};
 use crate::{Input, seal};
@@ -83,7 +83,7 @@ fn use_all_of(repository: &Repository) {
         }
         parent = Some(point);
     }
-    let _ = repository.verify(VerifyOptions { point: None, read_data: true }, &Progress::new());
+    let _ = repository.verify(VerifyOptions { data: DataCheck::All, ..VerifyOptions::default() }, &Progress::new());
     let source = Bytes(vec![3; 2 * CHUNK as usize]);
     let backup = repository.begin_backup("web01", parent.as_ref(), std::sync::Arc::default());
     let sealed = backup.and_then(|mut backup| {
