@@ -117,6 +117,8 @@ pub struct App {
     pub recoveries: Arc<Recoveries>,
     /// Exports without a recovery.
     pub exports: Arc<Exports>,
+    /// Folders that show the files of disks.
+    pub mounts: Arc<crate::files::Mounts>,
     catalog: Catalog,
     _ownership: Ownership,
 }
@@ -141,6 +143,7 @@ impl App {
             jobs: Arc::default(),
             recoveries: Arc::new(Recoveries::new(context)),
             exports: Arc::default(),
+            mounts: Arc::default(),
             state,
             catalog,
             _ownership: ownership,
@@ -202,6 +205,7 @@ impl App {
     /// Ends what this process serves, and leaves recoveries for the next one to take up.
     pub async fn close(&self) {
         self.exports.close().await;
+        self.mounts.close();
         self.recoveries.leave().await;
     }
 
@@ -211,7 +215,9 @@ impl App {
             let view = job.view();
             format!("{} of {}", view.kind, view.subject)
         });
-        jobs.chain(self.exports.list().into_iter().map(|export| format!("export of {export}"))).collect()
+        let exports = self.exports.list().into_iter().map(|export| format!("export of {export}"));
+        let mounts = self.mounts.list().into_iter().map(|dir| format!("mount on {}", dir.display()));
+        jobs.chain(exports).chain(mounts).collect()
     }
 }
 

@@ -12,6 +12,7 @@ mod error;
 pub mod fs;
 mod guard;
 mod mapped;
+pub mod mount;
 mod qcow2;
 mod raw;
 mod target;

@@ -188,3 +188,40 @@ fn the_present_files_of_a_recovery_are_read() {
     assert_eq!(fs::read(sandbox.path("then")).unwrap(), b"web01\n");
     sandbox.ok(&["discard", "web01"]);
 }
+
+#[test]
+fn the_files_of_a_point_are_shown_in_a_folder_until_interrupted() {
+    let sandbox = with_point();
+    let dir = sandbox.path("mount");
+    fs::create_dir(&dir).unwrap();
+    assert!(sandbox.fails(4, &["mount", "web01", &sandbox.name("nowhere")]).contains("nowhere"));
+    let mut running = sandbox.start(&["mount", "web01", &sandbox.name("mount")]);
+    assert!(running.line().contains("mounted on"));
+    let (root, tree) = (dir.join("disk0/p2"), sandbox.path("tree"));
+    assert_same_tree(&tree, &root);
+    assert_eq!(fs::read(dir.join("disk0/p1/Host Name.txt")).unwrap(), b"web01\n");
+    let of = |path: &Path| {
+        let meta = path.symlink_metadata().unwrap();
+        (meta.mode(), meta.uid(), meta.size(), meta.mtime(), meta.nlink())
+    };
+    for name in ["etc/hostname", "etc/hosts", "etc/link", "sparse", "pipe"] {
+        assert_eq!(of(&root.join(name)), of(&tree.join(name)), "{name}");
+    }
+    assert!(
+        run(Command::new("getfattr").args(["-d", "--absolute-names"]).arg(root.join("etc/hosts")))
+            .contains("user.note=\"kept\"")
+    );
+    assert_eq!(dir.join("disk0.raw").metadata().unwrap().len(), 1 << 40);
+    run(Command::new("cmp").args(["-n", "67108864"]).arg(dir.join("disk0.raw")).arg(sandbox.path("disk.raw")));
+    assert_eq!(fs::write(root.join("etc/hostname"), "no").unwrap_err().raw_os_error(), Some(30), "it is read-only");
+    // Many readers at once, and one that stays when it is unmounted.
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| assert_eq!(fs::read(root.join("etc/deep/er/noise")).unwrap(), noise(1, 300_000)));
+        }
+    });
+    let busy = fs::File::open(root.join("etc/hostname")).unwrap();
+    assert!(running.stop().success());
+    assert!(!dir.join("disk0").exists(), "it is unmounted");
+    drop(busy);
+}

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde::Serialize;
 
+use crate::files::MountHold;
 use crate::jobs::{Job, Outcome};
 use crate::publish::Hold;
 
@@ -35,6 +36,21 @@ pub fn follow(job: Arc<Job>) -> Response {
         Some((Ok(event("ended", &view)), None))
     });
     Sse::new(events).into_response()
+}
+
+/// One `mounted` event; then nothing until the folder is unmounted, by somebody else or because the listener goes away.
+pub fn mounted(hold: MountHold) -> Response {
+    let events = stream::unfold((hold, false), |(hold, told)| async move {
+        if told {
+            while !hold.has_ended() {
+                tokio::time::sleep(INTERVAL).await;
+            }
+            return None;
+        }
+        let event = event("mounted", &hold.dir);
+        Some((Ok::<_, Infallible>(event), (hold, true)))
+    });
+    Sse::new(events).keep_alive(KeepAlive::new().interval(Duration::from_secs(5))).into_response()
 }
 
 /// One `serving` event; then nothing for as long as the export serves, which is until the listener goes away.

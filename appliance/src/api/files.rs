@@ -18,8 +18,8 @@ use super::{Answer, Body, Shared, blocking};
 use crate::app::App;
 use crate::files::answer::{DiskFiles, Line};
 use crate::files::place::{Within, split};
-use crate::files::{self, Copy, CopyRequest, Disks, FindRequest, ListRequest, Place, VersionsRequest};
-use crate::problem::Problem;
+use crate::files::{self, Copy, CopyRequest, Disks, FindRequest, ListRequest, MountRequest, Place, VersionsRequest};
+use crate::problem::{Kind, Problem};
 
 /// Pieces of an answer that wait for a slow listener.
 const WAITING_MAX: usize = 8;
@@ -33,6 +33,7 @@ pub(super) fn routes() -> Router<Arc<App>> {
         .route("/api/v1/files/find", post(find))
         .route("/api/v1/files/versions", post(versions))
         .route("/api/v1/files/tar", post(tar))
+        .route("/api/v1/mounts", post(mount))
 }
 
 /// The disks that a place is on. Places on the same disks share them.
@@ -133,6 +134,20 @@ async fn tar(State(app): Shared, Body(request): Body<CopyRequest>) -> Result<Res
         let _ = files::send(&copy, &mut |bytes| sender.blocking_send(Ok(bytes)).is_ok());
     });
     respond("application/x-tar", receiver).await
+}
+
+/// Mounts for as long as the answer is listened to; it ends when somebody else unmounts the folder.
+async fn mount(State(app): Shared, Body(request): Body<MountRequest>) -> Result<Response, Problem> {
+    app.refuse_own_folder(&request.dir)?;
+    let hold = blocking(move || {
+        let (disks, _) = disks(&app, &request.place, &mut HashMap::new())?;
+        // Nobody else has them: they were opened for this.
+        let disks = Arc::try_unwrap(disks)
+            .map_err(|_| Problem::new(Kind::Failed, "the disks are in use by another request"))?;
+        app.mounts.start(disks, &request.dir)
+    })
+    .await?;
+    Ok(super::events::mounted(hold))
 }
 
 async fn respond(

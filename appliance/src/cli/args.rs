@@ -123,6 +123,8 @@ pub enum Command {
     Find(Find),
     /// Make certificates for NBD over TLS
     Tls(Tls),
+    /// Show the files of a recovery point in a folder until interrupted
+    Mount(Mount),
     /// Boot a machine straight from a recovery point
     Recover(Recover),
     /// List running recoveries
@@ -418,6 +420,20 @@ pub struct Cp {
     /// Replace files that exist
     #[arg(long, conflicts_with = "tar")]
     pub overwrite: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The folder shows DISK/VOLUME/... and DISK.raw for every disk, read-only. An interrupt unmounts it, and so\n\
+                        does umount. Without root, fusermount3 of the package fuse3 has to be there."
+)]
+pub struct Mount {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME, then the folder; with --from the folder alone
+    #[arg(required = true, num_args = 1..=2, value_name = "POINT DIR")]
+    pub places: Vec<String>,
+    /// Show the present disks of this running recovery
+    #[arg(long, value_name = "RECOVERY")]
+    pub from: Option<String>,
 }
 
 #[derive(Debug, Args)]

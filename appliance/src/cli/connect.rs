@@ -188,6 +188,7 @@ fn describe(command: &Command) -> String {
         Command::Export(args) => format!("export {}", args.point),
         Command::Ls(args) => format!("ls {}", args.place),
         Command::Cp(args) => format!("cp {}", args.places.first().map_or("", String::as_str)),
+        Command::Mount(args) => format!("mount {}", args.places.first().map_or("", String::as_str)),
         Command::Find(args) => format!("find {}", args.place),
         Command::Recover(args) => format!("recover {}", args.point),
         Command::Recoveries => "recoveries".to_owned(),

@@ -10,6 +10,7 @@ mod export;
 mod extract;
 mod files;
 mod keys;
+mod mount;
 mod points;
 mod progress;
 mod recover;
@@ -139,6 +140,7 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Export(args) => export::run(door, global, args).await,
         Command::Ls(args) => files::ls(door, global, args).await,
         Command::Find(args) => files::find(door, global, args).await,
+        Command::Mount(args) => mount::run(door, global, args).await,
         Command::Cp(args) => cp::run(door, global, args).await,
         Command::Recover(args) => recover::run(door, global, args).await,
         Command::Recoveries => recover::list(door, global).await,

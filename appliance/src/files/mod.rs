@@ -4,6 +4,7 @@
 pub mod answer;
 mod find;
 mod list;
+mod mounts;
 pub mod place;
 mod send;
 mod source;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use find::{find, versions};
 pub use list::{list, volumes};
+pub use mounts::{MountHold, MountRequest, Mounts};
 pub use send::{Copy, Remark, send};
 pub use source::{Disks, live, of_point};
 

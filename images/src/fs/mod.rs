@@ -4,6 +4,7 @@
 //! that has it, and nothing is trusted because something else pointed at it. Readers keep no lock, so that many can
 //! read at once; where something lies is looked up again each time, through a block cache ([`crate::Cached`]).
 
+mod btrfs;
 mod error;
 mod exfat;
 mod ext;
@@ -190,6 +191,7 @@ pub fn open(kind: Kind, volume: SharedDisk) -> Result<Box<dyn FileSystem>, FsErr
         Kind::Ntfs => Ok(Box::new(ntfs::Ntfs::open(volume)?)),
         Kind::Iso => Ok(Box::new(iso::Iso::open(volume)?)),
         Kind::Xfs => Ok(Box::new(xfs::Xfs::open(volume)?)),
+        Kind::Btrfs => Ok(Box::new(btrfs::Btrfs::open(volume)?)),
         other => Err(FsError::Unsupported { object: format!("a volume with {other}"), reason: other.why_not() }),
     }
 }

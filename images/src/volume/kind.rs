@@ -58,7 +58,7 @@ pub enum Kind {
 impl Kind {
     /// Whether its files can be read.
     pub fn is_readable(self) -> bool {
-        matches!(self, Kind::Ext | Kind::Fat | Kind::ExFat | Kind::Ntfs | Kind::Iso | Kind::Xfs)
+        matches!(self, Kind::Ext | Kind::Fat | Kind::ExFat | Kind::Ntfs | Kind::Iso | Kind::Xfs | Kind::Btrfs)
     }
 
     /// Why its files cannot be read.

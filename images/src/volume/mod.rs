@@ -19,6 +19,8 @@ pub struct DiskLayout {
     pub name: String,
     /// Its size in bytes.
     pub size: u64,
+    /// Its bytes.
+    pub disk: SharedDisk,
     /// Its partition table, if it has one.
     pub table: Option<TableKind>,
     /// What is odd about it: a damaged table, a volume that lacks a disk.
@@ -111,5 +113,5 @@ fn scan_disk(name: &str, disk: &SharedDisk) -> DiskLayout {
             disk: part,
         });
     }
-    DiskLayout { name: name.to_owned(), size, table: table.kind, notices: table.notices, volumes }
+    DiskLayout { name: name.to_owned(), size, disk: disk.clone(), table: table.kind, notices: table.notices, volumes }
 }

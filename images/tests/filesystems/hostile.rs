@@ -212,3 +212,12 @@ fn a_damaged_xfs_is_an_error_and_nothing_worse() {
         survives(Kind::Xfs, image);
     });
 }
+
+#[test]
+fn a_damaged_btrfs_is_an_error_and_nothing_worse() {
+    with_tree(|tree, image| {
+        run(Command::new("truncate").args(["-s", "120M"]).arg(image));
+        run(Command::new("mkfs.btrfs").arg("-q").arg("--rootdir").arg(tree).arg(image));
+        survives(Kind::Btrfs, image);
+    });
+}

@@ -128,3 +128,37 @@ fn ext4_in_use_reads_with_its_journal() {
         },
     );
 }
+
+#[test]
+fn btrfs_reads_byte_for_byte() {
+    if !kernel_has("btrfs") {
+        return;
+    }
+    for compression in ["zlib", "lzo", "zstd", "no"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, image, at) = (dir.path().join("tree"), dir.path().join("image"), dir.path().join("mount"));
+        fs::create_dir(&tree).unwrap();
+        make_tree(&tree, UNIX);
+        let text: Vec<u8> =
+            (0..60_000).flat_map(|line| format!("line {} of many\n", line % 977).into_bytes()).collect();
+        fs::write(tree.join("text"), &text).unwrap();
+        fs::create_dir(tree.join("within")).unwrap();
+        fs::write(tree.join("within/file"), "in a subvolume of its own").unwrap();
+        run(Command::new("truncate").args(["-s", "256M"]).arg(&image));
+        run(Command::new("mkfs.btrfs").args(["-q", "-L", "pool"]).arg(&image));
+        {
+            fs::create_dir(&at).unwrap();
+            let option =
+                if compression == "no" { "loop".to_owned() } else { format!("loop,compress-force={compression}") };
+            let mounted = Mounted::new(&at, Command::new("mount").args(["-o", &option]).arg(&image).arg(&at));
+            run(Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(mounted.0.join("within")));
+            run(Command::new("cp").args(["-a", "--sparse=always", "--no-target-directory"]).arg(&tree).arg(&mounted.0));
+        }
+        let volume = volume(&image, "whole");
+        assert_eq!((volume.content.kind, volume.content.label.as_deref()), (Kind::Btrfs, Some("pool")));
+        let fs = open(&volume);
+        assert_eq!(fs.notices(), [""; 0]);
+        let able = Able { holes: compression == "no", ..EXACT };
+        assert_same(fs.as_ref(), &tree, able, &[]);
+    }
+}
