@@ -14,7 +14,7 @@ const MIB: u64 = 1024 * 1024;
 const MAX_CPUS: u32 = 255;
 const MAX_NAME: usize = 128;
 
-/// A virtual machine whose disks are NBD exports on Unix sockets.
+/// A virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineDefinition {
     /// Shown in process lists and checked when the machine is adopted.
@@ -46,18 +46,44 @@ pub struct MachineDefinition {
     pub binary: Option<PathBuf>,
 }
 
-/// A disk: one export of an NBD server on a Unix socket.
+/// A disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineDisk {
     /// Becomes the serial number the guest sees, shortened to what the bus allows.
     pub name: String,
-    /// The server's socket.
-    pub socket: PathBuf,
-    /// The export's name on that server.
-    pub export: String,
+    /// Where its bytes are.
+    pub source: DiskSource,
     /// How the guest reaches it.
     #[serde(default)]
     pub bus: Bus,
+}
+
+/// Where the bytes of a disk are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskSource {
+    /// An export of an NBD server on a Unix socket. The machine waits for it when it is away.
+    Export {
+        /// The server's socket.
+        socket: PathBuf,
+        /// The export's name on that server.
+        export: String,
+    },
+    /// An export of an NBD server on the network. The machine waits for it when it is away.
+    Remote {
+        /// Name or address.
+        host: String,
+        /// Its port.
+        port: u16,
+        /// The export's name on that server.
+        export: String,
+    },
+    /// A raw file.
+    Raw(PathBuf),
+    /// A qcow2 file without a backing file.
+    Qcow2(PathBuf),
+    /// A block device of the host.
+    Device(PathBuf),
 }
 
 /// Paths of a machine. All must be absolute: QEMU changes its directory when it goes to the background.
@@ -333,9 +359,13 @@ impl MachineDefinition {
             return Err(DefinitionError::TooManyDisks { count: on_ide, bus: Bus::Ide, max: 4 });
         }
         for disk in &self.disks {
-            check_socket(&disk.socket)?;
-            if disk.export.len() > 4096 || disk.export.contains('\0') {
-                return Err(DefinitionError::Export { export: disk.export.clone() });
+            match &disk.source {
+                DiskSource::Export { socket, export } => {
+                    check_socket(socket)?;
+                    check_export(export)?;
+                }
+                DiskSource::Remote { export, .. } => check_export(export)?,
+                DiskSource::Raw(path) | DiskSource::Qcow2(path) | DiskSource::Device(path) => check_path(path)?,
             }
         }
         Ok(())
@@ -360,6 +390,13 @@ impl MachineDefinition {
         }
         Ok(())
     }
+}
+
+fn check_export(export: &str) -> Result<(), DefinitionError> {
+    if export.len() > 4096 || export.contains('\0') {
+        return Err(DefinitionError::Export { export: export.to_owned() });
+    }
+    Ok(())
 }
 
 fn check_path(path: &Path) -> Result<(), DefinitionError> {

@@ -13,8 +13,8 @@ mod machine;
 pub mod qemu;
 
 pub use definition::{
-    Accelerator, Bus, DefinitionError, ErrorPolicy, Firmware, MAX_DISKS, MAX_SOCKET_PATH, MachineDefinition,
-    MachineDisk, MachineFiles, Network,
+    Accelerator, Bus, DefinitionError, DiskSource, ErrorPolicy, Firmware, MAX_DISKS, MAX_SOCKET_PATH,
+    MachineDefinition, MachineDisk, MachineFiles, Network,
 };
 pub use machine::{Exit, Hypervisor, IoErrorEvent, Machine, MachineError, MachineEvent, Pending, Status, Subscription};
 pub use qemu::{AdoptError, Qemu, QemuHypervisor, StartError};

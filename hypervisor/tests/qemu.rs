@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use hypervisor::qemu::guest_agent::{AgentError, GuestAgent};
 use hypervisor::qemu::qmp;
 use hypervisor::{
-    Accelerator, AdoptError, Bus, ErrorPolicy, Firmware, Hypervisor, MachineDefinition, MachineDisk, MachineError,
-    MachineEvent, MachineFiles, Network, Qemu, QemuHypervisor, StartError, Status, Subscription,
+    Accelerator, AdoptError, Bus, DiskSource, ErrorPolicy, Firmware, Hypervisor, MachineDefinition, MachineDisk,
+    MachineError, MachineEvent, MachineFiles, Network, Qemu, QemuHypervisor, StartError, Status, Subscription,
 };
 use serde_json::json;
 use tempfile::TempDir;
@@ -111,7 +111,11 @@ impl Lab {
         let mut machine = MachineDefinition::new("lab machine", MachineFiles::in_folder(self.folder.path()));
         machine.memory_bytes = 64 << 20;
         machine.accelerator = Accelerator::Tcg;
-        machine.disks.push(MachineDisk { name: "root".into(), socket: self.socket(), export: "root".into(), bus });
+        machine.disks.push(MachineDisk {
+            name: "root".into(),
+            source: DiskSource::Export { socket: self.socket(), export: "root".into() },
+            bus,
+        });
         machine
     }
 }
@@ -409,22 +413,23 @@ async fn what_cannot_start_says_why_and_leaves_nothing() {
     }
     let lab = Lab::new();
     let good = lab.machine(Bus::VirtioBlk);
-    let with = |change: fn(&mut MachineDefinition)| {
+    let with = |change: &dyn Fn(&mut MachineDefinition)| {
         let mut machine = good.clone();
         change(&mut machine);
         machine
     };
-    let error = Qemu::start(&with(|machine| machine.machine_type = "pdp-11".into())).await.expect_err("unknown");
+    let error = Qemu::start(&with(&|machine| machine.machine_type = "pdp-11".into())).await.expect_err("unknown");
     assert!(matches!(&error, StartError::UnknownMachineType { .. }), "{error}");
-    let error = Qemu::start(&with(|machine| machine.disks[0].export = "nope".into())).await.expect_err("no export");
+    let nope = DiskSource::Export { socket: lab.socket(), export: "nope".into() };
+    let error = Qemu::start(&with(&|machine| machine.disks[0].source = nope.clone())).await.expect_err("no export");
     assert!(matches!(&error, StartError::Refused { stderr, .. } if stderr.contains("nope")), "{error}");
-    let error = Qemu::start(&with(|machine| machine.network = Network::Bridge("no-such-br".into()))).await;
+    let error = Qemu::start(&with(&|machine| machine.network = Network::Bridge("no-such-br".into()))).await;
     assert!(matches!(error, Err(StartError::MissingBridge { .. })));
-    let error = Qemu::start(&with(|machine| machine.binary = Some("/nonexistent/qemu".into()))).await;
+    let error = Qemu::start(&with(&|machine| machine.binary = Some("/nonexistent/qemu".into()))).await;
     assert!(matches!(error, Err(StartError::Binary { .. })));
-    let error = Qemu::start(&with(|machine| machine.name.clear())).await.expect_err("no name");
+    let error = Qemu::start(&with(&|machine| machine.name.clear())).await.expect_err("no name");
     assert!(matches!(&error, StartError::Definition { .. }), "{error}");
-    let error = Qemu::start(&with(|machine| machine.files.console = "/nonexistent/console.log".into())).await;
+    let error = Qemu::start(&with(&|machine| machine.files.console = "/nonexistent/console.log".into())).await;
     assert!(matches!(&error, Err(StartError::Refused { stderr, .. }) if stderr.contains("console.log")), "{error:?}");
     assert!(Qemu::adopt(&good).await.expect("nothing is there").is_none());
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use blockstore::base::Segment;
 use blockstore::overlay::Overlay;
-use hypervisor::{Accelerator, Bus, Firmware, MachineDefinition, MachineDisk, MachineFiles, Network};
+use hypervisor::{Accelerator, Bus, DiskSource, Firmware, MachineDefinition, MachineDisk, MachineFiles, Network};
 
 use super::RecoverRequest;
 use super::firmware::{self, Boots};
@@ -62,8 +62,7 @@ pub async fn define(
         .iter()
         .map(|disk| MachineDisk {
             name: disk.name.clone(),
-            socket: recovery.socket("nbd.sock"),
-            export: disk.name.clone(),
+            source: DiskSource::Export { socket: recovery.socket("nbd.sock"), export: disk.name.clone() },
             bus,
         })
         .collect();

@@ -1,13 +1,12 @@
 use super::*;
 
+fn at(socket: &str) -> DiskSource {
+    DiskSource::Export { socket: socket.into(), export: "root".into() }
+}
+
 fn machine() -> MachineDefinition {
     let mut machine = MachineDefinition::new("web01", MachineFiles::in_folder(Path::new("/run/web01")));
-    machine.disks.push(MachineDisk {
-        name: "root".into(),
-        socket: "/run/web01/disk0.sock".into(),
-        export: "root".into(),
-        bus: Bus::VirtioBlk,
-    });
+    machine.disks.push(MachineDisk { name: "root".into(), source: at("/run/web01/disk0.sock"), bus: Bus::VirtioBlk });
     machine
 }
 
@@ -19,9 +18,9 @@ fn an_ordinary_machine_passes() {
 #[test]
 fn a_socket_path_is_refused_from_108_bytes_on() {
     let mut machine = machine();
-    machine.disks[0].socket = PathBuf::from(format!("/{}", "s".repeat(106)));
+    machine.disks[0].source = at(&format!("/{}", "s".repeat(106)));
     assert_eq!(machine.check(), Ok(()));
-    machine.disks[0].socket = PathBuf::from(format!("/{}", "s".repeat(107)));
+    machine.disks[0].source = at(&format!("/{}", "s".repeat(107)));
     assert!(matches!(machine.check(), Err(DefinitionError::SocketPathTooLong { length: 108, .. })));
 }
 

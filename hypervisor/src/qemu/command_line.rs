@@ -14,9 +14,9 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::definition::{Bus, ErrorPolicy, MachineDefinition, Network};
+use crate::definition::{Bus, DiskSource, ErrorPolicy, MachineDefinition, Network};
 
 /// Seconds a virtio request waits for the export to come back.
 pub const RECONNECT_DELAY_VIRTIO: u32 = 86_400;
@@ -99,6 +99,32 @@ fn flash_drives(code: &Path, variables: &Path, line: &mut Line) {
     }
 }
 
+/// The block node of a disk, as `-blockdev` and `blockdev-add` take it. `reconnect` is how many seconds requests wait for
+/// an export that is away.
+pub(super) fn block_node(name: &str, source: &DiskSource, reconnect: u32) -> Value {
+    let mut node = match source {
+        DiskSource::Export { socket, export } => json!({
+            "driver": "nbd", "server": { "type": "unix", "path": text(socket) }, "export": export,
+            "reconnect-delay": reconnect,
+        }),
+        DiskSource::Remote { host, port, export } => json!({
+            "driver": "nbd", "server": { "type": "inet", "host": host, "port": port.to_string() }, "export": export,
+            "reconnect-delay": reconnect,
+        }),
+        DiskSource::Raw(path) => json!({ "driver": "raw", "file": file("file", path) }),
+        DiskSource::Device(path) => json!({ "driver": "raw", "file": file("host_device", path) }),
+        DiskSource::Qcow2(path) => json!({ "driver": "qcow2", "file": file("file", path) }),
+    };
+    for (key, value) in [("node-name", name), ("discard", "unmap"), ("detect-zeroes", "unmap")] {
+        node[key] = json!(value);
+    }
+    node
+}
+
+fn file(driver: &str, path: &Path) -> Value {
+    json!({ "driver": driver, "filename": text(path), "discard": "unmap" })
+}
+
 fn disks(machine: &MachineDefinition, line: &mut Line) {
     let (stop_write, stop_read) = match machine.errors {
         ErrorPolicy::Pause => ("stop", "stop"),
@@ -113,15 +139,7 @@ fn disks(machine: &MachineDefinition, line: &mut Line) {
             Bus::VirtioBlk | Bus::VirtioScsi => RECONNECT_DELAY_VIRTIO,
             Bus::Sata | Bus::Ide => RECONNECT_DELAY_ATA,
         };
-        let drive = json!({
-            "driver": "nbd",
-            "node-name": format!("disk{index}"),
-            "server": { "type": "unix", "path": text(&disk.socket) },
-            "export": disk.export,
-            "reconnect-delay": reconnect,
-            "discard": "unmap",
-            "detect-zeroes": "unmap",
-        });
+        let drive = block_node(&format!("disk{index}"), &disk.source, reconnect);
         line.add("-blockdev", drive.to_string());
         let device = match disk.bus {
             Bus::VirtioBlk => "virtio-blk-pci".to_owned(),
@@ -212,8 +230,10 @@ mod tests {
             .enumerate()
             .map(|(index, bus)| MachineDisk {
                 name: format!("root disk/{index}"),
-                socket: "/run/lb/nbd.sock".into(),
-                export: format!("web01/\"disk\"{index}"),
+                source: DiskSource::Export {
+                    socket: "/run/lb/nbd.sock".into(),
+                    export: format!("web01/\"disk\"{index}"),
+                },
                 bus: *bus,
             })
             .collect();
