@@ -14,7 +14,7 @@ use blockstore::overlay::{Overlay, OverlayError};
 use nbd_server::export::{BlockSize, ContextExtent, Export, ExportError, Extent, ExtentKind, Piece, ZeroMode};
 
 /// Guests and file systems work in 4 KiB; any alignment is served.
-const BLOCK_SIZE: BlockSize = BlockSize { minimum: 1, preferred: 4096, maximum: 32 << 20 };
+pub const BLOCK_SIZE: BlockSize = BlockSize { minimum: 1, preferred: 4096, maximum: 32 << 20 };
 
 /// The NBD metadata context that tells what was written since the recovery point; flag 1 is set where something was.
 pub const CHANGED_CONTEXT: &str = "lifeboat:changed";

@@ -20,6 +20,7 @@ pub mod log;
 pub mod problem;
 pub mod publish;
 pub mod recovery;
+pub mod rehydrate;
 pub mod restore;
 mod retention;
 pub mod service;

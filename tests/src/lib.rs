@@ -28,10 +28,20 @@ pub fn have(tools: &[&str]) -> bool {
     let missing: Vec<&&str> = tools.iter().filter(|tool| which(tool).is_none()).collect();
     assert!(missing.is_empty() || std::env::var_os("CI").is_none(), "missing in CI: {missing:?}; run `make deps`");
     if !missing.is_empty() {
-        // Past the test runner, which keeps to itself what a passing test prints; tests/run.sh counts these lines.
-        let _ = writeln!(std::io::stderr(), "\nskipped: {missing:?} not installed; run `make deps`");
+        report(&format!("{missing:?} not installed; run `make deps`"));
     }
     missing.is_empty()
+}
+
+/// Says that a test cannot run here, and why; in CI that is a failure.
+pub fn skip(reason: &str) {
+    assert!(std::env::var_os("CI").is_none(), "cannot run in CI: {reason}");
+    report(reason);
+}
+
+fn report(reason: &str) {
+    // Past the test runner, which keeps to itself what a passing test prints; tests/run.sh counts these lines.
+    let _ = writeln!(std::io::stderr(), "\nskipped: {reason}");
 }
 
 fn which(tool: &str) -> Option<PathBuf> {

@@ -25,7 +25,8 @@ use crate::catalog::{ListedPoint, Listing};
 use crate::jobs::{Job, JobView, Jobs};
 use crate::problem::Problem;
 use crate::publish::ExportRequest;
-use crate::recovery::{RecoverRequest, RecoveryView};
+use crate::recovery::{Order, RecoverRequest, RecoveryView};
+use crate::rehydrate::RehydrateRequest;
 use crate::restore::{self, RestoreRequest};
 use crate::statistics::{self, Group};
 use crate::{collect, inspect, verify};
@@ -68,6 +69,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/api/v1/recoveries", get(list_recoveries).post(recover))
         .route("/api/v1/recoveries/{name}", get(show_recovery).delete(discard))
         .route("/api/v1/recoveries/{name}/start", post(start))
+        .route("/api/v1/recoveries/{name}/rehydration", post(rehydrate).patch(steer))
+        .route("/api/v1/recoveries/{name}/cutover", post(cut_over))
         .merge(keys::routes())
         .merge(files::routes())
         .merge(retention::routes())
@@ -235,6 +238,28 @@ async fn recover(State(app): Shared, Body(request): Body<RecoverRequest>) -> Res
 async fn start(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
     let work = tokio::spawn(async move { app.recoveries.start_vm(&name).await });
     work.await.map_err(|error| Problem::failed("the start ended badly", &error))?.map(Json)
+}
+
+async fn rehydrate(
+    State(app): Shared,
+    Path(name): Path<String>,
+    Body(request): Body<RehydrateRequest>,
+) -> Answer<RecoveryView> {
+    for target in &request.targets {
+        app.refuse_own_folder(std::path::Path::new(&target.place))?;
+    }
+    let work = tokio::spawn(async move { app.recoveries.rehydrate(&name, &request).await });
+    work.await.map_err(|error| Problem::failed("the rehydration ended badly", &error))?.map(Json)
+}
+
+async fn steer(State(app): Shared, Path(name): Path<String>, Body(order): Body<Order>) -> Answer<RecoveryView> {
+    let work = tokio::spawn(async move { app.recoveries.steer(&name, order).await });
+    work.await.map_err(|error| Problem::failed("the order ended badly", &error))?.map(Json)
+}
+
+async fn cut_over(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
+    let work = tokio::spawn(async move { app.recoveries.cut_over(&name).await });
+    work.await.map_err(|error| Problem::failed("the cutover ended badly", &error))?.map(Json)
 }
 
 async fn discard(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {

@@ -133,7 +133,11 @@ pub enum Command {
     Recovery(Name),
     /// Start the VM of a recovery again, on all that it has written
     Start(Name),
-    /// End a recovery; what its guest wrote is lost, the recovery point stays
+    /// Copy a recovery's disks to production storage while its guest runs
+    Rehydrate(Rehydrate),
+    /// Move a rehydrated guest onto production storage, without a reboot
+    Cutover(Name),
+    /// End a recovery; what its guest wrote is lost unless it is cut over, the recovery point stays
     Discard(Name),
     /// Run as a service: take up recoveries, serve their disks and the API
     Serve(Serve),
@@ -484,6 +488,40 @@ pub struct Recover {
     /// Wait this many seconds for the guest's first console output, to report when it came
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
     pub wait: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Rehydrate {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+    /// Where to: a file, a block device, or an nbd:// or nbd+unix:// URI; DISK=TARGET for each of several disks
+    #[arg(long = "to", num_args = 1.., value_name = "[DISK=]TARGET", required_unless_present_any = ["pause", "resume", "cancel"])]
+    pub to: Vec<String>,
+    /// stream: Lifeboat copies, whoever uses the disks
+    #[arg(long, value_parser = ["stream"])]
+    pub mode: Option<String>,
+    /// `raw` or `qcow2` [default: by the target's ending, else raw]
+    #[arg(long, value_parser = ["raw", "qcow2"])]
+    pub format: Option<String>,
+    /// Bytes a second at most
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub limit: Option<u64>,
+    /// Replace files that exist and write to block devices
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Return at once; the copying goes on
+    #[arg(long)]
+    pub detach: bool,
+    /// Copy nothing for now
+    #[arg(long, conflicts_with_all = ["to", "resume", "cancel"])]
+    pub pause: bool,
+    /// Copy again, after a pause or a failure of the target
+    #[arg(long, conflicts_with_all = ["to", "cancel"])]
+    pub resume: bool,
+    /// Give it up: the guest stays on its overlay, and files made for this are removed
+    #[arg(long, conflicts_with = "to")]
+    pub cancel: bool,
 }
 
 #[derive(Debug, Args)]

@@ -194,6 +194,8 @@ fn describe(command: &Command) -> String {
         Command::Recoveries => "recoveries".to_owned(),
         Command::Recovery(args) => format!("recovery {}", args.name),
         Command::Start(args) => format!("start {}", args.name),
+        Command::Rehydrate(args) => format!("rehydrate {}", args.name),
+        Command::Cutover(args) => format!("cutover {}", args.name),
         Command::Discard(args) => format!("discard {}", args.name),
         Command::Serve(_) => "serve".to_owned(),
         Command::Tls(_) => "tls".to_owned(),

@@ -14,6 +14,7 @@ mod mount;
 mod points;
 mod progress;
 mod recover;
+mod rehydrate;
 mod render;
 mod restore;
 mod retention;
@@ -146,6 +147,8 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Recoveries => recover::list(door, global).await,
         Command::Recovery(args) => recover::show(door, global, args).await,
         Command::Start(args) => recover::start(door, global, args).await,
+        Command::Rehydrate(args) => rehydrate::run(door, global, args).await,
+        Command::Cutover(args) => rehydrate::cut_over(door, global, args).await,
         Command::Discard(args) => recover::discard(door, global, args).await,
         Command::Init(_) | Command::Serve(_) | Command::Tls(_) => Ok(()),
     }

@@ -56,11 +56,11 @@ async fn wait_for_console(door: &Door, mut view: RecoveryView, limit: Duration) 
     Ok(view)
 }
 
-async fn get(door: &Door, name: &str) -> Result<RecoveryView, Problem> {
+pub async fn get(door: &Door, name: &str) -> Result<RecoveryView, Problem> {
     door.client.call(Method::GET, &format!("/api/v1/recoveries/{}", segment(name)), NOTHING).await
 }
 
-fn describe(view: &RecoveryView) {
+pub fn describe(view: &RecoveryView) {
     let mut pairs = vec![
         ("recovery", view.name.clone()),
         ("state", view.state.to_string()),
@@ -76,29 +76,43 @@ fn describe(view: &RecoveryView) {
         ("guest agent", view.guest_agent.clone()),
     ];
     pairs.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    if let Some(moving) = &view.rehydration {
+        let left = moving.seconds_left.map_or(String::new(), |seconds| format!(", {seconds} s"));
+        let text =
+            format!("{}, {}/s, {} left{left}", moving.phase, render::bytes(moving.rate), render::bytes(moving.left));
+        pairs.push(("rehydration", text));
+        let latency = moving.latency_us.map_or(String::new(), |us| format!(", requests take {us} us"));
+        pairs.push(("guest", format!("changes {}/s{latency}", render::bytes(moving.dirty_rate))));
+    }
+    if !view.next.is_empty() {
+        pairs.push(("next", view.next.join(" | ")));
+    }
     let timings = view.timings;
     let times = [
         ("time to export", timings.export_ms),
         ("time to VM", timings.started_ms),
         ("time to first read", timings.first_read_ms),
         ("time to console", timings.first_console_ms),
+        ("cutover pause", timings.cutover_pause_ms),
     ];
     pairs.extend(times.into_iter().filter(|(_, time)| time.is_some()).map(|(name, time)| (name, render::millis(time))));
     render::pairs(&pairs);
     render::line("");
-    let rows: Vec<Vec<String>> = view
-        .disks
-        .iter()
-        .map(|disk| {
-            vec![
-                disk.name.clone(),
-                render::bytes(disk.size),
-                render::bytes(disk.overlay),
-                disk.nbd_uri.clone().unwrap_or_else(|| "not served".to_owned()),
-            ]
-        })
-        .collect();
-    render::table(&["DISK", "SIZE", "WRITTEN", "NBD URI"], &rows, &[1, 2]);
+    let moves = view.disks.iter().any(|disk| disk.target.is_some());
+    let row = |disk: &DiskView| {
+        let mut row = vec![disk.name.clone(), render::bytes(disk.size), render::bytes(disk.overlay)];
+        if moves {
+            row.push(format!("{} %", disk.hydrated * 100 / disk.size.max(1)));
+            row.push(disk.target.clone().unwrap_or_else(|| "-".to_owned()));
+        }
+        row.push(disk.nbd_uri.clone().unwrap_or_else(|| "not served".to_owned()));
+        row
+    };
+    let rows: Vec<Vec<String>> = view.disks.iter().map(row).collect();
+    match moves {
+        true => render::table(&["DISK", "SIZE", "WRITTEN", "COPIED", "TARGET", "NBD URI"], &rows, &[1, 2, 3]),
+        false => render::table(&["DISK", "SIZE", "WRITTEN", "NBD URI"], &rows, &[1, 2]),
+    }
     for disk in view.disks.iter().filter(|disk| disk.space_short) {
         render::line("");
         render::line(&format!(
@@ -205,11 +219,12 @@ pub async fn discard(door: &Door, global: &Global, args: &Name) -> Result<(), Pr
     if global.json {
         render::json(&view);
     } else {
-        render::line(&format!(
-            "discarded recovery {}; recovery point {} is as it was",
-            view.name,
-            short_id(&view.point)
-        ));
+        let targets: Vec<String> = view.disks.iter().filter_map(|disk| disk.target.clone()).collect();
+        let kept = match targets.as_slice() {
+            [] => format!("recovery point {} is as it was", short_id(&view.point)),
+            targets => format!("its disks stay on {}", targets.join(", ")),
+        };
+        render::line(&format!("discarded recovery {}; {kept}", view.name));
     }
     Ok(())
 }

@@ -29,6 +29,8 @@ pub fn view(name: &str, problem: &Problem) -> RecoveryView {
         qmp: None,
         guest_agent: None,
         disks: Vec::new(),
+        rehydration: None,
+        next: vec!["discard".to_owned()],
         timings: Timings::default(),
     }
 }

@@ -87,6 +87,11 @@ impl Journal {
         Ok((Journal { path: path.to_owned(), file, poisoned: false }, records))
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Appends a record; it is durable when this returns. After a failure the journal refuses to go on.
     pub fn append(&mut self, record: &impl Serialize) -> Result<(), JournalError> {
         if self.poisoned {

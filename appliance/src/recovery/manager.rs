@@ -7,11 +7,13 @@ use std::time::Duration;
 use blockstore::overlay::Overlay;
 use nbd_server::ExportTable;
 
+use super::moving::Order;
 use super::one::{Context, Definition, Recovery};
 use super::state::State;
 use super::{HypervisorKind, RecoverRequest, RecoveryView};
 use crate::catalog::PointSummary;
 use crate::problem::Problem;
+use crate::rehydrate::RehydrateRequest;
 
 /// How long to wait before a recovery that cannot be served is tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -136,6 +138,27 @@ impl Recoveries {
         self.get(name).map(|recovery| recovery.disks())
     }
 
+    /// Begins to move a recovery's disks to production storage.
+    pub async fn rehydrate(&self, name: &str, request: &RehydrateRequest) -> Result<RecoveryView, Problem> {
+        let recovery = self.get(name)?;
+        recovery.rehydrate(request).await?;
+        Ok(recovery.view())
+    }
+
+    /// Pauses, resumes or cancels that.
+    pub async fn steer(&self, name: &str, order: Order) -> Result<RecoveryView, Problem> {
+        let recovery = self.get(name)?;
+        recovery.steer(order).await?;
+        Ok(recovery.view())
+    }
+
+    /// Moves the guest onto production storage.
+    pub async fn cut_over(&self, name: &str) -> Result<RecoveryView, Problem> {
+        let recovery = self.get(name)?;
+        recovery.cut_over().await?;
+        Ok(recovery.view())
+    }
+
     /// Ends a recovery: VM, exports, overlays and sockets go.
     pub async fn discard(&self, name: &str) -> Result<RecoveryView, Problem> {
         let broken = self.lock().broken.get(name).cloned();
@@ -180,7 +203,8 @@ impl Recoveries {
 
 fn is_live(state: State) -> bool {
     match state {
-        State::Publishing | State::Running | State::Discarding => true,
+        State::Publishing | State::Discarding => true,
+        State::Running | State::Rehydrating | State::ReadyForCutover | State::CuttingOver | State::CutOver => true,
         State::Failed | State::Discarded => false,
     }
 }

@@ -6,16 +6,20 @@ pub mod firmware;
 pub mod journal;
 mod machine;
 pub mod manager;
+mod moving;
 mod one;
 pub mod state;
 mod watch;
 
 use serde::{Deserialize, Serialize};
 
+use crate::rehydrate::Mode;
 use crate::statistics::Served;
 
 pub use manager::Recoveries;
+pub use moving::Order;
 pub use one::Context;
+pub use state::State;
 
 /// What to run a recovery point on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,8 +86,35 @@ pub struct RecoveryView {
     pub guest_agent: Option<String>,
     /// Its disks.
     pub disks: Vec<DiskView>,
+    /// How the move to production storage stands, while there is one.
+    #[serde(default)]
+    pub rehydration: Option<RehydrationView>,
+    /// The commands that make sense now.
+    #[serde(default)]
+    pub next: Vec<String>,
     /// How long things took.
     pub timings: Timings,
+}
+
+/// A rehydration as the API shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RehydrationView {
+    /// `stream`.
+    pub mode: Mode,
+    /// `copying`, `ready`, `retrying` or `held`.
+    pub phase: String,
+    /// Bytes a second at most.
+    pub limit: Option<u64>,
+    /// Bytes copied a second.
+    pub rate: u64,
+    /// Bytes still to copy.
+    pub left: u64,
+    /// Seconds until everything is copied, if the rate stays.
+    pub seconds_left: Option<u64>,
+    /// Bytes the guest changes a second.
+    pub dirty_rate: u64,
+    /// Mean time of the guest's requests, in microseconds.
+    pub latency_us: Option<u64>,
 }
 
 /// A recovery's disk as the API shows it.
@@ -123,4 +154,7 @@ pub struct Timings {
     pub first_read_ms: Option<u64>,
     /// Until the first byte on the serial console.
     pub first_console_ms: Option<u64>,
+    /// How long the guest's disks were held by the cutover.
+    #[serde(default)]
+    pub cutover_pause_ms: Option<u64>,
 }

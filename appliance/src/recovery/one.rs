@@ -22,6 +22,7 @@ use crate::catalog::DiskSummary;
 use crate::disks::{self, OpenOverlay};
 use crate::exports::{FirstRead, OverlayExport};
 use crate::problem::{Kind, Problem};
+use crate::rehydrate::{self, LiveDisk, Opening, Plan, Stream, Watch};
 use crate::state_dir::StateDir;
 use crate::statistics::Served;
 
@@ -55,11 +56,13 @@ pub struct Definition {
 /// A line of the journal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "kebab-case")]
-enum Record {
+pub(super) enum Record {
     /// The first line.
     Created { version: u32, definition: Box<Definition> },
     /// QEMU is about to be started like this.
     Vm { machine: Box<hypervisor::MachineDefinition> },
+    /// Its disks are being moved like this; `held`: why nothing is copied for now.
+    Move { plan: Box<Plan>, held: Option<String> },
     /// The state was entered.
     State { state: State, problem: Option<String> },
 }
@@ -70,40 +73,47 @@ const VERSION: u32 = 1;
 /// A recovery.
 #[derive(Debug)]
 pub struct Recovery {
-    context: Arc<Context>,
-    definition: Definition,
+    pub(super) context: Arc<Context>,
+    pub(super) definition: Definition,
     dir: PathBuf,
     asked: Instant,
     first_read: Arc<FirstRead>,
     /// What may change while it is looked at.
     shown: Mutex<Shown>,
     /// Held by whoever changes the recovery.
-    driver: tokio::sync::Mutex<Driver>,
+    pub(super) driver: tokio::sync::Mutex<Driver>,
 }
 
 #[derive(Debug)]
 pub(super) struct Shown {
-    state: State,
-    problem: Option<String>,
+    pub(super) state: State,
+    pub(super) problem: Option<String>,
     accelerator: Option<String>,
     pub(super) vm: Option<String>,
     pub(super) pid: Option<u32>,
     uris: Vec<String>,
-    overlays: Vec<Arc<Overlay>>,
+    pub(super) disks: Vec<Arc<LiveDisk>>,
+    pub(super) plan: Option<Plan>,
+    pub(super) moving: Option<Watch>,
     table: Option<Arc<ExportTable>>,
     pub(super) timings: Timings,
 }
 
 #[derive(Debug)]
-struct Driver {
-    journal: Journal,
-    state: State,
-    machine: Option<hypervisor::MachineDefinition>,
-    vm: Option<Arc<dyn Machine>>,
+pub(super) struct Driver {
+    pub(super) journal: Journal,
+    pub(super) state: State,
+    pub(super) machine: Option<hypervisor::MachineDefinition>,
+    pub(super) vm: Option<Arc<dyn Machine>>,
     serving: Option<Serving>,
     /// Keeps what the overlays stand on, even if the point is forgotten.
-    lease: Option<Lease>,
-    watchers: Vec<JoinHandle<()>>,
+    pub(super) lease: Option<Lease>,
+    /// What is or was moved, and where to.
+    pub(super) plan: Option<Plan>,
+    /// Why nothing is copied for now.
+    pub(super) held: Option<String>,
+    pub(super) stream: Option<Stream>,
+    pub(super) watchers: Vec<JoinHandle<()>>,
 }
 
 /// The NBD server of a recovery.
@@ -164,6 +174,10 @@ impl Recovery {
             match record {
                 Record::Created { .. } => return Err(cannot(&io::Error::other("its journal begins twice"))),
                 Record::Vm { machine } => driver.machine = Some(*machine),
+                Record::Move { plan, held } => {
+                    driver.plan = Some(*plan);
+                    driver.held = held;
+                }
                 Record::State { state, problem: why } => {
                     driver.state = state;
                     problem = why;
@@ -194,7 +208,9 @@ impl Recovery {
                 vm: None,
                 pid: None,
                 uris: Vec::new(),
-                overlays: Vec::new(),
+                disks: Vec::new(),
+                plan: driver.plan.clone().filter(|_| driver.state.moves()),
+                moving: None,
                 table: None,
                 timings: Timings::default(),
             }),
@@ -229,10 +245,23 @@ impl Recovery {
         let mut driver = self.driver.lock().await;
         match driver.state {
             State::Running => {
-                if driver.serving.is_none() {
-                    self.publish(&mut driver, OpenOverlay::Existing).await?;
-                }
+                self.serve_again(&mut driver).await?;
                 self.adopt(&mut driver).await;
+                self.watch(&mut driver);
+            }
+            State::Rehydrating | State::ReadyForCutover | State::CuttingOver => {
+                self.serve_again(&mut driver).await?;
+                self.adopt(&mut driver).await;
+                self.move_on(&mut driver).await?;
+                self.watch(&mut driver);
+            }
+            State::CutOver => {
+                self.adopt(&mut driver).await;
+                if self.needs_exports(&driver) {
+                    self.serve_again(&mut driver).await?;
+                }
+                self.remove_overlays();
+                self.release_lease(&mut driver);
                 self.watch(&mut driver);
             }
             State::Publishing => {
@@ -252,7 +281,8 @@ impl Recovery {
             State::Discarding => self.take_away(&mut driver).await?,
             State::Failed | State::Discarded => {}
         }
-        self.show(|shown| shown.problem = shown.problem.take().filter(|_| driver.state == State::Failed));
+        let stays = driver.state == State::Failed || driver.held.is_some();
+        self.show(|shown| shown.problem = shown.problem.take().filter(|_| stays));
         Ok(())
     }
 
@@ -266,13 +296,17 @@ impl Recovery {
         let mut driver = self.driver.lock().await;
         let name = &self.definition.name;
         let refuse = |why: &str| Err(Problem::refused(format!("the VM of recovery {name} cannot be started: {why}")));
-        if driver.state != State::Running || driver.serving.is_none() {
+        let cut_over = driver.state == State::CutOver;
+        if !cut_over && (!driver.state.runs() || driver.serving.is_none()) {
             return refuse(&format!("the recovery is {}, and its disks are not served", driver.state));
         }
-        let Some(machine) = driver.machine.clone() else { return refuse("it was recovered without one") };
+        let Some(mut machine) = driver.machine.clone() else { return refuse("it was recovered without one") };
         self.adopt(&mut driver).await;
         if self.lock().vm.as_deref() != Some("shut-off") {
             return refuse("it has not ended");
+        }
+        if cut_over {
+            self.leave_exports(&mut driver, &mut machine).await?;
         }
         let vm = QemuHypervisor
             .start(&machine)
@@ -286,6 +320,14 @@ impl Recovery {
     /// Stops the VM and takes away everything the recovery holds.
     pub async fn discard(self: &Arc<Self>) -> Result<(), Problem> {
         let mut driver = self.driver.lock().await;
+        if driver.state == State::CutOver {
+            self.adopt(&mut driver).await;
+            if driver.vm.is_some() {
+                let name = &self.definition.name;
+                return Err(Problem::refused(format!("recovery {name} is cut over, and its VM is in production"))
+                    .hint("shut the VM down first; its disks stay where they are"));
+            }
+        }
         self.enter(&mut driver, Event::DiscardRequested, None)?;
         self.take_away(&mut driver).await
     }
@@ -294,6 +336,7 @@ impl Recovery {
     pub async fn leave(&self) {
         let mut driver = self.driver.lock().await;
         driver.stop_watchers();
+        self.stop_copying(&mut driver).await;
         self.retire(&mut driver).await;
     }
 
@@ -303,15 +346,21 @@ impl Recovery {
         let qemu = self.definition.request.on == HypervisorKind::Qemu;
         let path = |name: &str| qemu.then(|| self.dir.join(name).display().to_string());
         let socket = |name: &str| qemu.then(|| self.socket(name).display().to_string());
+        let moves = shown.moving.as_ref().map_or(&[][..], |moving| moving.moves());
+        let planned = |at: usize| shown.plan.as_ref().and_then(|plan| plan.disks.get(at));
         let disk = |(at, disk): (usize, &DiskSummary)| {
-            let overlay = shown.overlays.get(at);
+            let live = shown.disks.get(at).and_then(|disk| disk.overlay());
+            let overlay = live.as_ref().map(|export| &export.overlay);
             let space = overlay.and_then(|overlay| overlay.space());
             DiskView {
                 name: disk.name.clone(),
                 nbd_uri: shown.uris.get(at).cloned(),
                 size: disk.size,
-                hydrated: 0,
-                target: None,
+                hydrated: match shown.state {
+                    State::CutOver => disk.size,
+                    _ => moves.get(at).map_or(0, |one| one.hydrated()),
+                },
+                target: planned(at).map(|planned| planned.place.to_string()),
                 overlay: overlay.map_or(0, |overlay| overlay.usage().data_grains * 4096),
                 free: space.map(|space| space.free),
                 space_short: space.is_some_and(|space| space.room != Room::Enough),
@@ -334,12 +383,19 @@ impl Recovery {
             qmp: socket("qmp.sock"),
             guest_agent: socket("guest-agent.sock"),
             disks: self.definition.disks.iter().enumerate().map(disk).collect(),
+            rehydration: super::moving::view(&shown),
+            next: shown.state.next_steps().iter().map(|step| (*step).to_owned()).collect(),
             timings,
         }
     }
 
     /// Journals the state after `event`, then makes it the present one.
-    fn enter(&self, driver: &mut Driver, event: Event, problem: Option<String>) -> Result<Vec<Action>, Problem> {
+    pub(super) fn enter(
+        &self,
+        driver: &mut Driver,
+        event: Event,
+        problem: Option<String>,
+    ) -> Result<Vec<Action>, Problem> {
         let (state, actions) = driver.state.apply(event);
         let name = &self.definition.name;
         if actions.contains(&Action::Refuse) {
@@ -373,19 +429,23 @@ impl Recovery {
         let (context, definition) = (self.context.clone(), self.definition.clone());
         let (dir, first_read) = (self.dir.clone(), self.first_read.clone());
         let (filled, lease_name) = (table.clone(), self.lease_name());
-        let (overlays, lease) = tokio::task::spawn_blocking(move || {
+        let moved = driver.plan.clone().filter(|_| driver.state == State::CutOver);
+        let (disks, lease) = tokio::task::spawn_blocking(move || {
+            if let Some(plan) = moved {
+                return Ok((fill_moved(&definition, &plan, &filled)?, None));
+            }
             let point = disks::load_point(&context.repository, &definition.point)?;
             let owner = format!("recovery {}", definition.name);
             let lease = context
                 .repository
                 .hold_recovery(&lease_name, &owner, &point)
                 .map_err(|error| Problem::from_read(&format!("cannot take a lease for {owner}"), &error))?;
-            let overlays = fill(&context.repository, &definition, &point, &dir, open, &first_read, &filled)?;
-            Ok::<_, Problem>((overlays, lease))
+            let disks = fill(&context.repository, &definition, &point, &dir, open, &first_read, &filled)?;
+            Ok::<_, Problem>((disks, Some(lease)))
         })
         .await
         .map_err(|error| Problem::failed("cannot publish the disks", &error))??;
-        driver.lease = Some(lease);
+        driver.lease = lease;
         let socket = self.socket("nbd.sock");
         let listener = Server::new(table.clone(), Limits::default())
             .bind(&Listen::Unix(socket))
@@ -403,7 +463,7 @@ impl Recovery {
         driver.serving = Some(Serving { stop, task });
         self.show(|shown| {
             shown.uris = uris;
-            shown.overlays = overlays;
+            shown.disks = disks;
             shown.table = Some(table);
         });
         Ok(())
@@ -414,7 +474,22 @@ impl Recovery {
         format!("{}:{}", lease::System.process().host, self.dir.display())
     }
 
-    async fn retire(&self, driver: &mut Driver) {
+    /// The recovery no longer needs its point.
+    pub(super) fn release_lease(&self, driver: &mut Driver) {
+        driver.lease = None;
+        if let Err(error) = self.context.repository.release_recovery(&self.lease_name()) {
+            tracing::warn!(recovery = %self.definition.name, %error, "its lease stays until it expires");
+        }
+    }
+
+    async fn serve_again(&self, driver: &mut Driver) -> Result<(), Problem> {
+        match driver.serving {
+            Some(_) => Ok(()),
+            None => self.publish(driver, OpenOverlay::Existing).await,
+        }
+    }
+
+    pub(super) async fn retire(&self, driver: &mut Driver) {
         if let Some(serving) = driver.serving.take() {
             let _ = serving.stop.send(());
             if let Err(error) = serving.task.await {
@@ -423,28 +498,26 @@ impl Recovery {
         }
         self.show(|shown| {
             shown.uris.clear();
-            shown.overlays.clear();
+            shown.disks.clear();
             shown.table = None;
         });
     }
 
     /// Its disks as they are at present; none while they are not served.
     pub fn disks(&self) -> Vec<(String, Arc<Overlay>)> {
-        let overlays = self.lock().overlays.clone();
-        self.definition.disks.iter().map(|disk| disk.name.clone()).zip(overlays).collect()
+        let live = self.lock().disks.clone();
+        let named = self.definition.disks.iter().map(|disk| disk.name.clone()).zip(live);
+        named.filter_map(|(name, disk)| Some((name, disk.overlay()?.overlay.clone()))).collect()
     }
 
     async fn start_vm(self: &Arc<Self>, driver: &mut Driver) -> Result<(), Problem> {
         if self.definition.request.on == HypervisorKind::None {
             return Ok(());
         }
-        let overlay = self.lock().overlays.first().cloned();
+        let first = self.lock().disks.first().and_then(|disk| disk.overlay());
+        let overlay = first.map(|export| export.overlay.clone());
         let machine = super::machine::define(self, &self.definition, overlay).await?;
-        driver
-            .journal
-            .append(&Record::Vm { machine: Box::new(machine.clone()) })
-            .map_err(|error| Problem::failed("cannot note how the VM is started", &error))?;
-        driver.machine = Some(machine.clone());
+        self.note_machine(driver, &machine)?;
         let vm = QemuHypervisor.start(&machine).await.map_err(|error| {
             Problem::failed(format!("cannot start the VM of recovery {}", self.definition.name), &error)
         })?;
@@ -453,14 +526,30 @@ impl Recovery {
         Ok(())
     }
 
+    pub(super) fn note_machine(
+        &self,
+        driver: &mut Driver,
+        machine: &hypervisor::MachineDefinition,
+    ) -> Result<(), Problem> {
+        driver
+            .journal
+            .append(&Record::Vm { machine: Box::new(machine.clone()) })
+            .map_err(|error| Problem::failed("cannot note how the VM is started", &error))?;
+        driver.machine = Some(machine.clone());
+        Ok(())
+    }
+
     async fn adopt(&self, driver: &mut Driver) {
         let Some(machine) = &driver.machine else { return };
         match QemuHypervisor.adopt(machine).await {
             Ok(Some(vm)) => self.have_vm(driver, vm),
-            Ok(None) => self.show(|shown| {
-                shown.vm = Some("shut-off".to_owned());
-                shown.pid = None;
-            }),
+            Ok(None) => {
+                driver.vm = None;
+                self.show(|shown| {
+                    shown.vm = Some("shut-off".to_owned());
+                    shown.pid = None;
+                });
+            }
             Err(error) => {
                 let error = crate::problem::chain(&error);
                 tracing::error!(recovery = %self.definition.name, error, "cannot reach the VM");
@@ -496,6 +585,7 @@ impl Recovery {
 
     /// The actions of a discard, in their order; each may have run before.
     async fn take_away(&self, driver: &mut Driver) -> Result<(), Problem> {
+        self.stop_copying(driver).await;
         self.stop_vm(driver).await;
         self.retire(driver).await;
         let cannot = |error: &io::Error| {
@@ -515,10 +605,7 @@ impl Recovery {
             removed.map_err(|error| cannot(&error))?;
         }
         fs::remove_dir_all(&self.dir).map_err(|error| cannot(&error))?;
-        driver.lease = None;
-        if let Err(error) = self.context.repository.release_recovery(&self.lease_name()) {
-            tracing::warn!(recovery = %self.definition.name, %error, "its lease stays until it expires");
-        }
+        self.release_lease(driver);
         let (state, _) = driver.state.apply(Event::Removed);
         driver.state = state;
         self.show(|shown| shown.state = state);
@@ -526,12 +613,15 @@ impl Recovery {
         Ok(())
     }
 
-    fn watch(self: &Arc<Self>, driver: &mut Driver) {
+    pub(super) fn watch(self: &Arc<Self>, driver: &mut Driver) {
         driver.stop_watchers();
         if let Some(vm) = &driver.vm {
             driver.watchers.push(tokio::spawn(watch::vm(self.clone(), vm.clone())));
         }
         driver.watchers.push(tokio::spawn(watch::room(self.clone())));
+        if driver.stream.is_some() {
+            driver.watchers.push(tokio::spawn(super::moving::watch(self.clone())));
+        }
     }
 
     /// Where a socket of this recovery lies.
@@ -564,17 +654,28 @@ impl Recovery {
         change(&mut self.lock());
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Shown> {
+    pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, Shown> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Driver {
     fn new(journal: Journal, state: State) -> Driver {
-        Driver { journal, state, machine: None, vm: None, serving: None, lease: None, watchers: Vec::new() }
+        Driver {
+            journal,
+            state,
+            machine: None,
+            vm: None,
+            serving: None,
+            lease: None,
+            plan: None,
+            held: None,
+            stream: None,
+            watchers: Vec::new(),
+        }
     }
 
-    fn stop_watchers(&mut self) {
+    pub(super) fn stop_watchers(&mut self) {
         for watcher in self.watchers.drain(..) {
             watcher.abort();
         }
@@ -594,19 +695,37 @@ fn fill(
     open: OpenOverlay,
     first_read: &Arc<FirstRead>,
     table: &ExportTable,
-) -> Result<Vec<Arc<Overlay>>, Problem> {
-    let mut overlays = Vec::new();
+) -> Result<Vec<Arc<LiveDisk>>, Problem> {
+    let mut live = Vec::new();
     for disk in &definition.disks {
         let base = disks::open(repository, point, &disk.name)?;
         let overlay = disks::open_overlay(&dir.join("disks"), point, &disk.name, base, open)?;
         let description = format!("{} of {} in recovery {}", disk.name, definition.machine, definition.name);
-        let export = OverlayExport { overlay: overlay.clone(), description, first_read: first_read.clone() };
-        table
-            .add(disks::export_name(&disk.name)?, Arc::new(export))
-            .map_err(|error| Problem::failed(format!("cannot publish disk {}", disk.name), &error))?;
-        overlays.push(overlay);
+        let export = OverlayExport { overlay, description, first_read: first_read.clone() };
+        live.push(publish(table, &disk.name, LiveDisk::new(export))?);
     }
-    Ok(overlays)
+    Ok(live)
+}
+
+/// Opens every disk of a recovery that is cut over, on production storage.
+fn fill_moved(definition: &Definition, plan: &Plan, table: &ExportTable) -> Result<Vec<Arc<LiveDisk>>, Problem> {
+    let mut live = Vec::new();
+    for (disk, planned) in definition.disks.iter().zip(&plan.disks) {
+        let place = &planned.place;
+        let target = rehydrate::open(place, disk.size, Opening::Again)
+            .map_err(|error| Problem::failed(format!("cannot open {place}, where disk {} is", disk.name), &error))?;
+        let description = format!("{} of {} on {place}", disk.name, definition.machine);
+        live.push(publish(table, &disk.name, LiveDisk::cut_over(disk.size, target.into(), description))?);
+    }
+    Ok(live)
+}
+
+fn publish(table: &ExportTable, disk: &str, live: LiveDisk) -> Result<Arc<LiveDisk>, Problem> {
+    let live = Arc::new(live);
+    table
+        .add(disks::export_name(disk)?, live.clone())
+        .map_err(|error| Problem::failed(format!("cannot publish disk {disk}"), &error))?;
+    Ok(live)
 }
 
 fn remove_file_if_there(path: &Path) -> io::Result<()> {

@@ -1,0 +1,20 @@
+//! Rehydration: what a guest sees is copied to production storage while it runs, and a cutover moves it there. Why it
+//! is right: docs/design/rehydration.md
+
+mod checkpoint;
+mod copier;
+mod gate;
+mod live;
+mod pace;
+mod plan;
+mod regions;
+mod stream;
+mod target;
+
+pub use checkpoint::read as written_before;
+pub use copier::{CopyError, Move};
+pub use live::LiveDisk;
+pub use plan::{Mode, Plan, PlannedDisk, RehydrateRequest, Target, parse_target};
+pub use regions::{RegionSet, Regions, touched};
+pub use stream::{Phase, Progress, Stream, Watch};
+pub use target::{Opening, Place, Production, open};
