@@ -43,6 +43,7 @@ xorriso             xorriso
 xfsprogs            mkfs.xfs
 btrfs-progs         mkfs.btrfs
 procps              pgrep
+lvm2                lvcreate
 fdisk               sfdisk
 dosfstools          mkfs.vfat
 mtools              mcopy

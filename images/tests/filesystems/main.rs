@@ -7,4 +7,5 @@ mod hostile;
 mod iso;
 mod linux;
 mod support;
+mod volumes;
 mod windows;

@@ -354,3 +354,10 @@ pub fn wait_for_end(driver: &str, image: &Path) {
     }
     panic!("{driver} still has {}", image.display());
 }
+
+/// The names in the root directory of a volume.
+pub fn find_names(volume: &Volume) -> Vec<String> {
+    let fs = open(volume);
+    let entries = fs.read_dir(fs.root(), 0).unwrap();
+    entries.into_iter().map(|entry| String::from_utf8(entry.name).unwrap()).collect()
+}
