@@ -39,20 +39,7 @@ impl Options {
         let Some(location) = self.repository.as_deref().filter(|location| !location.is_empty()) else {
             return Err(Problem::usage("no repository is named").hint("give --repo FOLDER or set LIFEBOAT_REPO"));
         };
-        let path = match location.split_once("://") {
-            Some(("file", path)) if path.starts_with('/') => path,
-            Some(("file", _)) => {
-                return Err(
-                    Problem::usage(format!("{location} names no local folder")).hint("write file:///path/to/it")
-                );
-            }
-            Some((scheme, _)) => {
-                return Err(Problem::usage(format!("cannot keep a repository at a {scheme}:// URL"))
-                    .hint("name a local folder, as a path or a file:// URL"));
-            }
-            None => location,
-        };
-        std::path::absolute(path).map_err(|error| Problem::failed(format!("cannot use repository {path}"), &error))
+        repository_path(location)
     }
 
     /// The passphrase or key file given, if any.
@@ -95,6 +82,22 @@ pub fn read_small(path: &Path, what: &str) -> Result<Vec<u8>, Problem> {
         Problem::failed(format!("cannot read {what} {}", path.display()), &error)
             .hint("without it the repository cannot be opened; check the path")
     })
+}
+
+/// The folder of a repository, from a path or URL.
+pub fn repository_path(location: &str) -> Result<PathBuf, Problem> {
+    let path = match location.split_once("://") {
+        Some(("file", path)) if path.starts_with('/') => path,
+        Some(("file", _)) => {
+            return Err(Problem::usage(format!("{location} names no local folder")).hint("write file:///path/to/it"));
+        }
+        Some((scheme, _)) => {
+            return Err(Problem::usage(format!("cannot keep a repository at a {scheme}:// URL"))
+                .hint("name a local folder, as a path or a file:// URL"));
+        }
+        None => location,
+    };
+    std::path::absolute(path).map_err(|error| Problem::failed(format!("cannot use repository {path}"), &error))
 }
 
 /// The storage of the repository in folder `path`.

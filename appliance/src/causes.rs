@@ -5,7 +5,9 @@ use std::path::Path;
 
 use blockstore::error::ReadError;
 use blockstore::overlay::OverlayError;
-use blockstore::{BackupError, CollectError, InitError, KeyError, LeaseError, OpenError, RestoreError, VerifyError};
+use blockstore::{
+    BackupError, CollectError, InitError, KeyError, LeaseError, OpenError, RepairError, RestoreError, VerifyError,
+};
 use images::TargetError;
 use nbd_server::tls::pki::PkiError;
 use nbd_server::{ListenError, TlsError};
@@ -249,6 +251,24 @@ impl Problem {
             CollectError::Ambiguous { .. } => Problem::because(Kind::Usage, title, error).hint("give more digits"),
             CollectError::Cancelled => Problem::new(Kind::Failed, "the collect was cancelled")
                 .hint("what points need is untouched; the next collect goes on from here"),
+        }
+    }
+
+    /// Repairing the repository.
+    pub fn from_repair(error: &RepairError) -> Problem {
+        let title = "cannot repair the repository";
+        match error {
+            RepairError::Verify(error) => Problem::from_verify(error),
+            RepairError::Copy(OpenError::NotARepository) => Problem::because(Kind::NotFound, title, error)
+                .hint("--copy names the folder of a copy of this repository"),
+            RepairError::OtherRepository => Problem::because(Kind::Refused, title, error)
+                .hint("--copy takes copies of this repository only; give what another one restores as --source"),
+            RepairError::Write { source, .. } if source.kind() == ErrorKind::StorageFull => {
+                Problem::failed(title, error).hint(MAKE_ROOM)
+            }
+            RepairError::Lease(_) | RepairError::Copy(_) | RepairError::Image { .. } | RepairError::Write { .. } => {
+                Problem::failed(title, error)
+            }
         }
     }
 

@@ -1,12 +1,14 @@
 //! Verify: what the repository says about its own health, for the API.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blockstore::{DataCheck, Progress, Repository, VerifyOptions};
+use blockstore::{DataCheck, Progress, RepairSources, Repository, VerifyOptions};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::capture::SourceSpec;
 use crate::catalog::PointSummary;
 use crate::problem::Problem;
 
@@ -25,6 +27,15 @@ pub struct VerifyRequest {
     /// Take a pack that hashes to its name to be right, without opening what is in it.
     #[serde(default)]
     pub hash_only: bool,
+    /// Have what is damaged from elsewhere, and store it anew.
+    #[serde(default)]
+    pub repair: bool,
+    /// Copies of the repository to have it from, as absolute paths.
+    #[serde(default)]
+    pub copies: Vec<PathBuf>,
+    /// Images to have it from.
+    #[serde(default)]
+    pub sources: Vec<SourceSpec>,
 }
 
 impl VerifyRequest {
@@ -66,6 +77,9 @@ pub struct VerifyResult {
     /// What was damaged and is whole again.
     #[serde(default)]
     pub repaired: Vec<Damage>,
+    /// What a repair did.
+    #[serde(default)]
+    pub repair: Option<Repair>,
     /// Recovery points looked at.
     pub points: u64,
     /// Packs read whole.
@@ -90,6 +104,15 @@ pub struct VerifyResult {
     /// Whether it was done without the key, which proves less.
     #[serde(default)]
     pub keyless: bool,
+}
+
+/// What a repair did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repair {
+    /// Packs put back from a copy.
+    pub packs: u64,
+    /// Chunks and manifest nodes stored anew.
+    pub chunks: u64,
 }
 
 /// A damaged object.
@@ -139,12 +162,19 @@ pub fn verify(
         ),
     };
     let options = VerifyOptions { point, data: request.data()?, hash_only: request.hash_only };
-    let report = repository.verify(options, progress).map_err(|error| Problem::from_verify(&error))?;
+    let (report, repair) = if request.repair {
+        let done = repository.repair(options, &open_sources(request)?, progress);
+        let done = done.map_err(|error| Problem::from_repair(&error))?;
+        (done.verified, Some(Repair { packs: done.packs, chunks: done.chunks }))
+    } else {
+        (repository.verify(options, progress).map_err(|error| Problem::from_verify(&error))?, None)
+    };
     let damaged: Vec<Damage> = report.damaged.into_iter().map(told).collect();
     Ok(VerifyResult {
         ok: damaged.is_empty(),
         damaged,
         repaired: report.repaired.into_iter().map(told).collect(),
+        repair,
         points: report.points,
         packs_read: report.packs_read,
         bytes_read: report.bytes_read,
@@ -159,6 +189,17 @@ pub fn verify(
         seconds: started.elapsed().as_secs_f64(),
         keyless: false,
     })
+}
+
+fn open_sources(request: &VerifyRequest) -> Result<RepairSources, Problem> {
+    let mut sources = RepairSources::default();
+    for copy in &request.copies {
+        sources.copies.push(crate::app::storage(copy));
+    }
+    for source in &request.sources {
+        sources.images.push(crate::capture::open_source(source)?);
+    }
+    Ok(sources)
 }
 
 /// Damage as the API tells it.

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use lifeboat_tests::{Sandbox, noise};
+use lifeboat_tests::{Sandbox, noise, tool};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -146,4 +146,34 @@ fn a_pack_that_cannot_be_read_is_a_finding_and_the_rest_is_verified() {
     assert_eq!(report["damaged"].as_array().unwrap().len(), 1, "{report}");
     assert_eq!(report["packs_read"].as_u64().unwrap() + 1, packs(&sandbox).len() as u64, "{report}");
     assert!(len > 0);
+}
+
+#[test]
+fn damage_is_repaired_from_a_copy_and_from_an_image_and_what_remains_is_said() {
+    let sandbox = Sandbox::with_repository();
+    back_up(&sandbox, "vm", 1, 3);
+    tool("cp", &["-a", &sandbox.name("repo"), &sandbox.name("copy")]);
+
+    flip(packs(&sandbox).last().unwrap());
+    sandbox.fails(3, &["verify", "--read-data"]);
+    let repaired = sandbox.json(&["verify", "--repair", "--copy", &sandbox.name("copy")]);
+    assert_eq!((&repaired["repair"]["packs"], &repaired["ok"]), (&1.into(), &true.into()), "{repaired}");
+    sandbox.ok(&["verify", "--read-data"]);
+
+    // Nothing is left but the point and the image it was made from.
+    packs(&sandbox).iter().for_each(|pack| fs::remove_file(pack).unwrap());
+    fs::write(sandbox.path("other.raw"), noise(2, 100_000)).unwrap();
+    fs::copy(sandbox.path("vm"), sandbox.path("vm.raw")).unwrap();
+    let complaint = sandbox.fails(3, &["verify", "--repair", "--source", &sandbox.name("other.raw")]);
+    assert!(complaint.contains("--copy"), "{complaint}");
+    let said = sandbox.ok(&["verify", "--repair", "--source", &sandbox.name("vm.raw")]);
+    assert!(said.contains("stored anew") && said.contains("all is whole"), "{said}");
+    sandbox.ok(&["verify", "--read-data"]);
+    sandbox.ok(&["restore", "vm", "--to", &sandbox.name("out.raw")]);
+    assert!(fs::read(sandbox.path("out.raw")).unwrap() == fs::read(sandbox.path("vm")).unwrap());
+
+    sandbox.fails(4, &["verify", "--repair", "--copy", &sandbox.name("nowhere")]);
+    sandbox.fails(2, &["verify", "--copy", &sandbox.name("copy")]);
+    let other = Sandbox::with_repository();
+    sandbox.fails(5, &["verify", "--repair", "--copy", &other.name("repo")]);
 }

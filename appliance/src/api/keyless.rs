@@ -45,6 +45,9 @@ async fn verify(State(app): State<Arc<KeylessApp>>, Body(request): Body<VerifyRe
     if let Some(point) = &request.point {
         return Err(needs_key(&format!("recovery point `{point}` cannot be looked into without the key")));
     }
+    if request.repair {
+        return Err(needs_key("the repository cannot be repaired without its key"));
+    }
     if request.portion.is_some() {
         return Err(needs_key("without the key all data is verified or none, not a portion of it"));
     }

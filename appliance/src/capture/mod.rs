@@ -14,6 +14,11 @@ pub use source::parse_sources;
 
 use crate::problem::{Kind, Problem};
 
+/// Opens a disk to read it.
+pub fn open_source(spec: &SourceSpec) -> Result<Box<dyn Source>, Problem> {
+    source::open(spec, None)
+}
+
 /// Longest machine, disk or label name.
 const NAME_MAX: usize = 128;
 

@@ -286,6 +286,15 @@ pub struct Verify {
     /// With --read-data: check packs by their hash alone, which proves them as they were written; faster
     #[arg(long, requires = "read_data")]
     pub hash_only: bool,
+    /// Store anew what is damaged or missing, from good parts of damaged packs, --copy and --source
+    #[arg(long)]
+    pub repair: bool,
+    /// With --repair: another copy of this repository
+    #[arg(long = "copy", requires = "repair", value_name = "URL")]
+    pub copies: Vec<String>,
+    /// With --repair: a disk image or NBD URI that holds the data, or most of it, of whatever point and disk
+    #[arg(long = "source", requires = "repair", value_name = "[DISK=]IMAGE")]
+    pub sources: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]

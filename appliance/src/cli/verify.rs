@@ -22,6 +22,9 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
         read_data: args.read_data.is_some(),
         portion,
         hash_only: args.hash_only,
+        repair: args.repair,
+        copies: args.copies.iter().map(|copy| crate::app::repository_path(copy)).collect::<Result<_, _>>()?,
+        sources: crate::capture::parse_sources(&args.sources)?,
     };
     let result = progress::run(&door.client, "/api/v1/verify", &request).await?;
     let result: VerifyResult =
@@ -39,6 +42,11 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
         }
         for repaired in &result.repaired {
             render::line(&format!("repaired {}: {}", repaired.object, repaired.problem));
+        }
+        if let Some(repair) = result.repair {
+            let packs = render::count(repair.packs, "pack");
+            let chunks = render::count(repair.chunks, "chunk");
+            render::line(&format!("repaired: {packs} put back, {chunks} stored anew"));
         }
         render::line(&format!(
             "checked {} and {}{} in {:.1} s",
@@ -73,7 +81,11 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
         Kind::Damage,
         format!("damage in {} of the repository", render::count(result.damaged.len() as u64, "object")),
     )
-    .hint("a backup that meets a damaged chunk stores it anew; points that are not named still restore")
+    .hint(if args.repair {
+        "give a --copy of the repository or a --source image that still has it; what is not named still restores"
+    } else {
+        "`verify --repair` stores it anew where it can be had; so does a backup that meets it; what is not named still restores"
+    })
     .handled(Handling::AnswerTold))
 }
 

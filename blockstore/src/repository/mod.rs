@@ -2,6 +2,7 @@
 
 mod open;
 mod protect;
+mod repair;
 mod slots;
 mod verify;
 
@@ -11,6 +12,8 @@ mod crash_tests;
 mod damage_tests;
 #[cfg(test)]
 mod protect_tests;
+#[cfg(test)]
+mod repair_tests;
 #[cfg(test)]
 mod slots_tests;
 #[cfg(test)]
@@ -22,6 +25,7 @@ pub use open::{InitError, OpenError};
 pub(crate) use open::{read_config, read_slot};
 pub(crate) use protect::read_protection;
 pub use protect::{PointError, Protected};
+pub use repair::{RepairError, RepairReport, RepairSources};
 pub use slots::{KeyError, KeySlot, Rotated, SlotKind, SlotState};
 pub use verify::{Affected, Damage, DataCheck, VerifyError, VerifyOptions, VerifyReport};
 

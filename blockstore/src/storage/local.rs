@@ -73,6 +73,7 @@ impl LocalStorage {
             let _ = self.folder.remove(&temporary); // ignored by readers if it stays
             return Err(error);
         }
+        self.open.remove(object); // a pack that is put back is not the file that was open
         self.note_sync(self.folder.sync_dir(&dir))
     }
 

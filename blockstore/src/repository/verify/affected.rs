@@ -57,8 +57,8 @@ impl Place<'_, '_> {
             return Ok(false);
         }
         self.verifier.stop_if_cancelled()?;
-        if let Some(packs) = self.bad.get(&id) {
-            self.hit(&id, packs, first, Shape::span(level));
+        if let Some(blame) = self.bad.get(&id) {
+            self.hit(&id, &blame.packs, first, Shape::span(level));
             return Ok(true);
         }
         // Whatever fails now and did not before is found by the next verification.
@@ -69,8 +69,8 @@ impl Place<'_, '_> {
             let (child, chunk) = (node.child(at), first + at * step);
             if level > 0 {
                 any |= self.node(child, level - 1, chunk)?;
-            } else if let Some(packs) = self.bad.get(&child) {
-                self.hit(&child, packs, chunk, 1);
+            } else if let Some(blame) = self.bad.get(&child) {
+                self.hit(&child, &blame.packs, chunk, 1);
                 any = true;
             }
         }

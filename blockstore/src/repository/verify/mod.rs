@@ -19,6 +19,7 @@ use std::fmt;
 use std::ops::Range;
 
 use super::Repository;
+use super::repair::Wanted;
 use crate::error::ReadError;
 use crate::id::{ChunkId, IdHash, PackId, RecoveryPointId};
 use crate::pack::verified::VerifiedPacks;
@@ -147,8 +148,16 @@ impl Rotten {
     }
 }
 
-/// Ids that no place gives, and the packs that should: none if no pack holds them.
-pub(super) type Bad = HashMap<ChunkId, Vec<PackId>, IdHash>;
+/// What no place gives.
+#[derive(Debug)]
+pub(super) struct Blame {
+    /// The packs that should: none if no pack holds it.
+    packs: Vec<PackId>,
+    /// The level of a node; none for a chunk.
+    level: Option<u8>,
+}
+
+pub(super) type Bad = HashMap<ChunkId, Blame, IdHash>;
 
 pub(super) struct Verifier<'a> {
     pub repository: &'a Repository,
@@ -162,6 +171,8 @@ pub(super) struct Verifier<'a> {
     findings: BTreeMap<Object, Finding>,
     /// What the last walk found.
     pub bad: Bad,
+    /// What only packs give that are known to be damaged, and its level if it is a node.
+    fragile: HashMap<ChunkId, Option<u8>, IdHash>,
     /// What is wrong with packs that the last walk wanted something of.
     wrong: HashMap<PackId, String>,
     /// Packs the last walk needs.
@@ -206,6 +217,7 @@ impl<'a> Verifier<'a> {
             verified,
             findings: BTreeMap::new(),
             bad: Bad::default(),
+            fragile: HashMap::default(),
             wrong: HashMap::new(),
             referenced: HashSet::new(),
             read: HashSet::new(),
@@ -220,6 +232,38 @@ impl<'a> Verifier<'a> {
         self.check_head()?;
         self.check_index()?;
         self.load_points()?;
+        self.look()
+    }
+
+    /// After something was stored: what stands now.
+    pub fn look_again(&mut self) -> Result<(), VerifyError> {
+        self.packs = list_packs(self.repository)?;
+        self.look()
+    }
+
+    /// What must be had from elsewhere: what is bad, and what is not in any good pack.
+    pub fn wanted(&self) -> Wanted {
+        let bad = self.bad.iter().map(|(id, blame)| (*id, blame.level));
+        bad.chain(self.fragile.iter().map(|(id, level)| (*id, *level))).collect()
+    }
+
+    /// Packs that something was wanted of and that are missing, cut or damaged.
+    pub fn lost_packs(&self) -> Vec<PackId> {
+        let damaged = self.referenced.iter().filter(|pack| self.repository.fetcher().damaged.contains(pack));
+        let mut packs: Vec<PackId> = self.wrong.keys().chain(damaged).copied().collect();
+        packs.sort_unstable();
+        packs.dedup();
+        packs
+    }
+
+    /// Forgets what was found out about a pack that has been put back.
+    pub fn is_back(&mut self, pack: PackId) {
+        self.rotten.remove(&pack);
+        self.read.remove(&pack);
+        self.wrong.remove(&pack);
+    }
+
+    fn look(&mut self) -> Result<(), VerifyError> {
         self.walk()?;
         for _ in 0..WALKS_MAX {
             if self.wrong.is_empty() || !self.index_changed()? {
@@ -273,7 +317,7 @@ impl<'a> Verifier<'a> {
         Ok(self.report)
     }
 
-    fn stop_if_cancelled(&self) -> Result<(), VerifyError> {
+    pub fn stop_if_cancelled(&self) -> Result<(), VerifyError> {
         if self.progress.is_cancelled() { Err(VerifyError::Cancelled) } else { Ok(()) }
     }
 

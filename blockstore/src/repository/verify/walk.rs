@@ -6,9 +6,9 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use super::{Bad, Verifier, VerifyError};
+use super::{Bad, Blame, Verifier, VerifyError};
 use crate::error::ReadError;
-use crate::id::{ChunkId, PackId};
+use crate::id::{ChunkId, IdHash, PackId};
 use crate::index::run::Location;
 use crate::index::seen::Seen;
 use crate::manifest::{FAN_OUT, Shape};
@@ -37,6 +37,7 @@ struct Found {
     chunks: u64,
     referenced: HashSet<PackId>,
     bad: Bad,
+    fragile: HashMap<ChunkId, Option<u8>, IdHash>,
     wrong: HashMap<PackId, String>,
     /// Packs that were not in the listing.
     fresh: HashMap<PackId, Option<u64>>,
@@ -48,6 +49,7 @@ impl Found {
         self.chunks += other.chunks;
         self.referenced.extend(other.referenced);
         self.bad.extend(other.bad);
+        self.fragile.extend(other.fragile);
         self.wrong.extend(other.wrong);
         self.fresh.extend(other.fresh);
     }
@@ -101,6 +103,7 @@ impl Verifier<'_> {
         self.stop_if_cancelled()?;
         (self.report.nodes, self.report.chunks) = (found.nodes, found.chunks);
         (self.referenced, self.bad, self.wrong) = (found.referenced, found.bad, found.wrong);
+        self.fragile = found.fragile;
         self.packs.extend(found.fresh.into_iter().filter_map(|(pack, len)| Some((pack, len?))));
         Ok(())
     }
@@ -141,7 +144,7 @@ impl Walk<'_> {
     fn look_at(&self, task: &Task, found: &mut Found) -> Result<Vec<Task>, VerifyError> {
         let mut children = Vec::new();
         let new = !task.id.is_zero() && self.seen.insert(&task.id);
-        if new && self.look_up(&task.id, found)? {
+        if new && self.look_up(&task.id, Some(task.level), found)? {
             match self.verifier.repository.fetcher().node(&task.id, task.level) {
                 Ok(node) => {
                     found.nodes += 1;
@@ -150,11 +153,11 @@ impl Walk<'_> {
                             children.push(Task { id, level: task.level - 1, bytes: 0 });
                         } else {
                             found.chunks += 1;
-                            self.look_up(&id, found)?;
+                            self.look_up(&id, None, found)?;
                         }
                     }
                 }
-                Err(error) => self.node_damage(&task.id, &error, found),
+                Err(error) => self.node_damage(task, &error, found),
             }
         }
         if self.shown {
@@ -166,7 +169,8 @@ impl Walk<'_> {
         Ok(children)
     }
 
-    fn node_damage(&self, id: &ChunkId, error: &ReadError, found: &mut Found) {
+    fn node_damage(&self, task: &Task, error: &ReadError, found: &mut Found) {
+        let id = &task.id;
         let packs: Vec<PackId> = match error {
             ReadError::CorruptChunk { pack, .. } => vec![*pack],
             ReadError::MissingChunk { .. } => Vec::new(),
@@ -177,7 +181,7 @@ impl Walk<'_> {
             _ => format!("manifest node {id} in it is damaged"),
         };
         packs.iter().for_each(|pack| drop(found.wrong.insert(*pack, what.clone())));
-        found.bad.insert(*id, packs);
+        found.bad.insert(*id, Blame { packs, level: Some(task.level) });
     }
 
     fn locate(&self, id: &ChunkId) -> Vec<Location> {
@@ -186,7 +190,7 @@ impl Walk<'_> {
 
     /// Whether an id has a place in a pack that exists at the right length and is not known to hold it damaged; else it
     /// is noted. Of several places the best counts, so that a damaged pack is needed only for what is in no other.
-    fn look_up(&self, id: &ChunkId, found: &mut Found) -> Result<bool, VerifyError> {
+    fn look_up(&self, id: &ChunkId, level: Option<u8>, found: &mut Found) -> Result<bool, VerifyError> {
         let verifier = self.verifier;
         let index = &verifier.repository.fetcher().index;
         let mut locations = self.locate(id);
@@ -214,10 +218,13 @@ impl Walk<'_> {
                     found.wrong.insert(pack, rotten.what.clone());
                     blamed.push(pack);
                 }
-                _ => return Ok(true), // marked, but this frame is good, or was not read yet
+                _ => {
+                    found.fragile.insert(*id, level);
+                    return Ok(true); // marked, but this frame is good, or was not read yet
+                }
             }
         }
-        found.bad.insert(*id, blamed);
+        found.bad.insert(*id, Blame { packs: blamed, level });
         Ok(false)
     }
 
