@@ -48,7 +48,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            connections: 512,
+            connections: 2048,
             requests_per_connection: 128,
             bytes_per_connection: 64 << 20,
             bytes: 512 << 20,

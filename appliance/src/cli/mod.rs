@@ -48,6 +48,7 @@ pub fn main() -> ExitCode {
         _ if cli.global.json => Voice::Json,
         _ => Voice::Plain,
     };
+    raise_open_files();
     crate::log::init(matches!(cli.command, Command::Serve(_)));
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -63,6 +64,14 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => report(&problem, voice),
     }
+}
+
+/// Lets the process have as many open files as it may: clients, packs and index runs want more than the usual 1,024.
+fn raise_open_files() {
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    // What cannot be raised stays: then clients are turned away earlier.
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
 }
 
 /// To whom an error is told.
