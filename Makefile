@@ -14,7 +14,7 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: build guests ## back up a real guest, boot it from its backup, show how long everything took
+demo: build guests ## back up a real guest, boot it from its backup, move it back while it runs, show how long it took
 	LIFEBOAT_BIN=$(TARGET)/release/lifeboat LIFEBOAT_GUESTS=$(GUESTS) tests/demo.sh
 
 .PHONY: test

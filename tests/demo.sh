@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job, on a real machine: back it up twice, lose it, boot it straight from its backup, kill Lifeboat under it,
-# and find everything it had synced. Everything happens below one temporary folder, which is removed at the end.
+# move it back to production storage while it runs, and find everything it had synced. Everything happens below one temporary folder, which is removed at the end.
 set -euo pipefail
 
 lifeboat=${LIFEBOAT_BIN:?the program to show}
@@ -19,6 +19,8 @@ die() { printf 'demo: %s\n' "$*" >&2; exit 1; }
 
 clean_up() {
     local pid
+    pid=$(recovery .pid 2>/dev/null || true)
+    if [ -n "$pid" ] && [ "$pid" != null ]; then kill -9 "$pid" 2>/dev/null || true; fi
     "$lifeboat" discard web01 >/dev/null 2>&1 || true
     pid=$(sed -n 's/^process \([0-9]*\).*/\1/p' "$LIFEBOAT_STATE/lock" 2>/dev/null || true)
     if [ -n "$pid" ] && [ "$(readlink "/proc/$pid/exe")" = "$(readlink -f "$lifeboat")" ]; then kill "$pid" 2>/dev/null || true; fi
@@ -53,6 +55,8 @@ for command in ("qmp_capabilities", sys.argv[2]):
 PYTHON
 }
 
+kill_lifeboat() { kill -9 "$(sed -n 's/^process \([0-9]*\).*/\1/p' "$LIFEBOAT_STATE/lock")"; }
+recovery() { "$lifeboat" recovery web01 --json | jq -r "$1"; }
 last_seq() { tr -d '\r' <"$console" | sed -n 's/^LIFEBOAT-GUEST: seq \([0-9]*\)$/\1/p' | tail -n 1; }
 
 say "A machine in production: a Debian kernel on a disk of its own"
@@ -96,7 +100,7 @@ tr -d '\r' <"$console" | grep LIFEBOAT-GUEST | head -n 8
 
 say "Lifeboat is killed with kill -9 while the guest writes"
 before=$(last_seq)
-kill -9 "$(sed -n 's/^process \([0-9]*\).*/\1/p' "$LIFEBOAT_STATE/lock")"
+kill_lifeboat
 sleep 1
 stalled=$(last_seq)
 echo "the guest had synced record $before when the kill was sent; it waits for its disk at record $stalled"
@@ -105,8 +109,33 @@ run recoveries
 wait_for "$console" "LIFEBOAT-GUEST: seq $((stalled + 10))"
 echo "it went on $(since "$began") after Lifeboat was back, and is at record $(last_seq)"
 
-say "The power goes and comes back: the guest looks at what its disk has kept"
-qmp system_reset
+say "Back to production storage while the guest runs and writes, Lifeboat killed once more meanwhile"
+production_disk=$place/new-storage/web01.raw
+mkdir "$place/new-storage"
+began=$(now)
+run rehydrate web01 --to "$production_disk" --limit 32M --detach | grep -E '^(state|rehydration|disk0)'
+sleep 2
+kill_lifeboat
+run recovery web01 | grep -E '^(state|rehydration|disk0)'
+for tries in $(seq 600); do
+    if [ "$(recovery .state)" = ready-for-cutover ]; then break; fi
+    [ "$tries" -lt 600 ] || die "the rehydration does not end"
+    sleep 0.1
+done
+rehydrated=$(since "$began")
+
+say "Cutover: the guest moves onto production storage, without a reboot"
+before=$(last_seq)
+run cutover web01
+pause=$(recovery .timings.cutover_pause_ms)
+wait_for "$console" "LIFEBOAT-GUEST: seq $((before + 20))"
+echo "the guest was at record $before, and is at record $(last_seq)"
+
+say "The power goes: QEMU and Lifeboat end at once. The machine starts on production storage alone"
+pid=$(recovery .pid)
+kill_lifeboat
+kill -9 "$pid"
+run start web01 | grep -E '^(state|vm|disk0)'
 wait_for "$console" 'LIFEBOAT-GUEST: slots ok' 2
 tr -d '\r' <"$console" | grep LIFEBOAT-GUEST | sed -n '/up boot=3/,/slots ok/p'
 lost=$(tr -d '\r' <"$console" | awk '
@@ -115,7 +144,12 @@ lost=$(tr -d '\r' <"$console" | awk '
     /^LIFEBOAT-GUEST: log ok last=/ && cut { sub(/.*last=/, ""); kept = $0; exit }
     END { print (promised > kept + 0) ? promised - kept : 0 }')
 
-say "Nothing touched the backup"
+say "The machine is shut down; nothing has touched the backup"
+qmp system_powerdown
+for tries in $(seq 600); do
+    if [ "$(recovery .vm)" = shut-off ]; then break; fi
+    sleep 0.1
+done
 run discard web01
 run verify --read-data
 
@@ -130,5 +164,7 @@ printf '%-58s %12s\n' \
     "the repository" "$(du -sh "$LIFEBOAT_REPO" | cut -f 1)iB" \
     "from \`lifeboat recover\` until the guest's first program ran" "$up" \
     "from \`lifeboat recover\` until 20 records were written" "$working" \
+    "copying back to production storage, at most 32 MiB/s" "$rehydrated" \
+    "the guest's disks were held by the cutover" "$pause ms" \
     "records lost that the guest had synced" "$lost"
 if [ "$lost" != 0 ]; then die "the guest has lost records"; fi

@@ -1,9 +1,11 @@
 //! Measures how a repository of many terabytes opens and is searched, without the terabytes: it writes an index of that
-//! size, opens it, looks chunks up, and removes it again.
+//! size, opens it, looks chunks up, marks nine tenths of them as needed and plans what a collect would do, and removes it
+//! again. The marks are set in the order of the index: a walk of manifests also pays for a lookup at a random place, which
+//! is the time of a hit.
 //!
 //! `cargo run --release -p blockstore --example scale -- FOLDER TIB [CHUNK_SIZE]`: prints one line of fields between tabs
-//! (TiB, chunk size, entries, index bytes, seconds to open, microseconds for a hit, for a miss, peak MiB of its own, of
-//! mapped files).
+//! (TiB, chunk size, entries, index bytes, seconds to open, microseconds for a hit, for a miss, MiB of its own, of mapped
+//! files, seconds to mark and plan, MiB of marks, peak MiB of its own meanwhile).
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
 mod synthetic;
@@ -11,7 +13,8 @@ mod synthetic;
 use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use blockstore::{ChunkId, LocalStorage, Protection, Repository, Storage};
 use synthetic::{Shape, memory, mix, write_index};
@@ -46,12 +49,36 @@ fn measure(root: &std::path::Path, tib: u64, chunk_size: u32) -> Result<String, 
     let hit = search(|n| shape.id(mix(n) % shape.chunks), |id| repository.knows(id))?;
     let miss = search(|n| ChunkId(*blake3::hash(&n.to_le_bytes()).as_bytes()), |id| !repository.knows(id))?;
     let (own, mapped) = memory();
+    let began = Instant::now();
+    let (report, peak) = watched(|| repository.plan_collect(50, |id| id.0[31] % 10 != 0));
+    let plan = began.elapsed().as_secs_f64();
+    if report.packs == 0 || report.live_bytes == 0 {
+        return Err("the plan knows nothing of the packs".into());
+    }
     Ok(format!(
-        "{tib}\t{chunk_size}\t{}\t{bytes}\t{open:.4}\t{hit:.2}\t{miss:.2}\t{}\t{}",
+        "{tib}\t{chunk_size}\t{}\t{bytes}\t{open:.4}\t{hit:.2}\t{miss:.2}\t{}\t{}\t{plan:.2}\t{}\t{}",
         shape.chunks,
         own.saturating_sub(own_before) >> 20,
-        mapped >> 20
+        mapped >> 20,
+        report.mark_bytes >> 20,
+        peak.saturating_sub(own_before) >> 20,
     ))
+}
+
+/// Runs `work`, and tells the most memory of its own that the process held meanwhile.
+fn watched<T>(work: impl FnOnce() -> T) -> (T, u64) {
+    let (peak, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                peak.fetch_max(memory().0, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let result = work();
+        done.store(true, Ordering::Relaxed);
+        (result, peak.load(Ordering::Relaxed))
+    })
 }
 
 /// Microseconds of one lookup.

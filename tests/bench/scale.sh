@@ -26,12 +26,13 @@ report_scale() {
     [ -s "$place/scale.table" ] || return 0
     printf '\n## Scale: the index of so much unique data, without the data\n\n'
     {
-        printf 'TiB\tchunk\tentries\tindex GB\topen ms\thit us\tmiss us\town memory MiB\tmapped and touched MiB\n'
-        awk -F '\t' -v OFS='\t' '{ print $1, $2 / 1024 " KiB", $3, sprintf("%.2f", $4 / 1e9), sprintf("%.1f", $5 * 1000), $6, $7, $8, $9 }' \
+        printf 'TiB\tchunk\tentries\tindex GB\topen ms\thit us\tmiss us\town memory MiB\tmapped and touched MiB\tmark and plan s\tmarks MiB\town memory of that MiB\n'
+        awk -F '\t' -v OFS='\t' '{ print $1, $2 / 1024 " KiB", $3, sprintf("%.2f", $4 / 1e9), sprintf("%.1f", $5 * 1000), $6, $7, $8, $9, $10, $11, $12 }' \
             "$place/scale.table"
     } | table
     printf '\nMapped pages are page cache that the kernel takes back when it wants to.\n'
-    awk -F '\t' '$1 == 1 { print "scale.open " $5; print "scale.own " $8 }' "$place/scale.table" >>"$place/results"
+    awk -F '\t' '$1 == 1 { print "scale.open " $5; print "scale.own " $8; print "scale.plan " $12 }' "$place/scale.table" >>"$place/results"
     promise 'opening 1 TiB of unique data, 16.8 million chunks' '< 1 s' smaller 1 scale.open 1 ' s'
     promise 'memory for 1 TiB of unique data' '<= 256 MiB' smaller 1 scale.own 256 ' MiB'
+    promise 'memory to mark 16.8 million chunks and plan a collect' '<= 256 MiB' smaller 1 scale.plan 256 ' MiB'
 }

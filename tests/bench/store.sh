@@ -53,6 +53,15 @@ store_verify() {
     esac
 }
 
+# store_collect TOOL: sets `command`, which forgets all but the last backup and frees what only they needed.
+store_collect() {
+    case $1 in
+        lifeboat) command=(sh -c '"$1" prune --keep-last 1 && "$1" collect --reclaim-now' collect "$lifeboat") ;;
+        restic) command=(restic -q forget --keep-last 1 --prune) ;;
+        borg) command=(sh -c 'borg prune --keep-last 1 && borg compact') ;;
+    esac
+}
+
 # Runs `command` and notes its seconds, its processor seconds and its peak memory.
 timed() {
     local elapsed memory user system
@@ -91,7 +100,9 @@ measure_store() {
             store_restore "$tool" third "$place/restored"; timed "restore.$tool"
             restored=$(find "$place/restored" -type f -size +1M | sed -n 1p)
             cmp -s "$restored" "$changed" || skip "restore by $tool: what it restored is not what was backed up"
-            rm -rf "$place/restored" "$place/store-$tool" "$place/store-$tool-state"
+            rm -rf "$place/restored"
+            store_collect "$tool"; timed "collect.$tool"
+            rm -rf "$place/store-$tool" "$place/store-$tool-state"
         done
     done
 }
@@ -102,7 +113,7 @@ report_store() {
         "$(numfmt --to=iec "$size")" "$([ "${BENCH_COLD:-}" = 1 ] && echo ', dropped before each step' || echo ', warm')"
     {
         printf 'step\ttool\tseconds\tprocessor seconds\tpeak memory MiB\tLifeboat is faster by\n'
-        for step in first rescan changed verify restore; do
+        for step in first rescan changed verify restore collect; do
             for tool in lifeboat restic borg; do
                 [ -n "$(median "$step.$tool.seconds")" ] || continue
                 ratio=$(calculate "$(median "$step.$tool.seconds") / $(median "$step.lifeboat.seconds")" %.2fx)
@@ -130,5 +141,6 @@ store_step() {
         changed) echo "rescan, $CHANGED_PERCENT % changed" ;;
         verify) echo 'verify all data' ;;
         restore) echo 'full restore' ;;
+        collect) echo 'forget all but the last, free' ;;
     esac
 }
