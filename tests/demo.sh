@@ -113,10 +113,10 @@ say "Back to production storage while the guest runs and writes, Lifeboat killed
 production_disk=$place/new-storage/web01.raw
 mkdir "$place/new-storage"
 began=$(now)
-run rehydrate web01 --to "$production_disk" --limit 32M --detach | grep -E '^(state|rehydration|disk0)'
+run rehydrate web01 --to "$production_disk" --limit 32M --detach | grep -E '^([$] |state|rehydration|disk0)'
 sleep 2
 kill_lifeboat
-run recovery web01 | grep -E '^(state|rehydration|disk0)'
+run recovery web01 | grep -E '^([$] |state|rehydration|disk0)'
 for tries in $(seq 600); do
     if [ "$(recovery .state)" = ready-for-cutover ]; then break; fi
     [ "$tries" -lt 600 ] || die "the rehydration does not end"
@@ -135,7 +135,7 @@ say "The power goes: QEMU and Lifeboat end at once. The machine starts on produc
 pid=$(recovery .pid)
 kill_lifeboat
 kill -9 "$pid"
-run start web01 | grep -E '^(state|vm|disk0)'
+run start web01 | grep -E '^([$] |state|vm|disk0)'
 wait_for "$console" 'LIFEBOAT-GUEST: slots ok' 2
 tr -d '\r' <"$console" | grep LIFEBOAT-GUEST | sed -n '/up boot=3/,/slots ok/p'
 lost=$(tr -d '\r' <"$console" | awk '

@@ -93,9 +93,11 @@ pub fn describe(view: &RecoveryView) {
         ("time to VM", timings.started_ms),
         ("time to first read", timings.first_read_ms),
         ("time to console", timings.first_console_ms),
-        ("cutover pause", timings.cutover_pause_ms),
     ];
     pairs.extend(times.into_iter().filter(|(_, time)| time.is_some()).map(|(name, time)| (name, render::millis(time))));
+    if let Some(pause) = timings.cutover_pause_ms {
+        pairs.push(("held by cutover", format!("{pause} ms")));
+    }
     render::pairs(&pairs);
     render::line("");
     let moves = view.disks.iter().any(|disk| disk.target.is_some());
