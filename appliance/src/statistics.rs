@@ -202,7 +202,10 @@ mod tests {
         let line = r#"lifeboat_export_requests_total{recovery="web01",export="disk \"0\"",operation="read"} 0"#;
         assert!(text.contains(line), "{text}");
         assert!(text.contains("# TYPE lifeboat_export_seconds histogram"), "{text}");
-        assert!(text.contains(r#"operation="write",le="+Inf"} 0"#), "{text}");
+        assert!(
+            text.contains(r#"_bucket{le="+Inf",recovery="web01",export="disk \"0\"",operation="write"} 0"#),
+            "{text}"
+        );
         assert!(text.ends_with("# EOF\n"), "{text}");
         let served = Served::of(&table, &name).expect("it is there");
         assert_eq!((served.reads, served.read_p99_us), (0, None));

@@ -34,7 +34,7 @@ fn what_nothing_needs_is_quarantined_then_freed_and_the_rest_restores() {
     assert_eq!(batch["due"].as_u64().unwrap() - batch["created"].as_u64().unwrap(), 7 * 24 * 3600);
     assert_eq!(sandbox.json(&["collect"])["freed_packs"], 0);
     let said = sandbox.ok(&["collect", "--reclaim-now"]);
-    assert!(said.contains("2 packs deleted, 8.0"), "{said}");
+    assert!(said.contains("2 packs deleted, ") && said.contains("1 recovery point needs "), "{said}");
     assert_eq!((files(&sandbox, "quarantine"), files(&sandbox, "leases")), (0, 0));
     sandbox.ok(&["restore", "kept", "--to", &sandbox.name("back.raw")]);
     assert_same_bytes(&sandbox.path("back.raw"), kept.as_ref());

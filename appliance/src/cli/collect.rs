@@ -103,7 +103,8 @@ fn tell(report: &CollectReport, seconds: f64) {
     render::line(&format!("{packs} {would}deleted, {bytes} {would}freed"));
     let (needed, stored) = (render::bytes(report.live_bytes), render::bytes(report.pack_bytes));
     let points = render::count(report.points, "recovery point");
-    render::line(&format!("{points} need {needed} of {stored}; looked at in {seconds:.1} s"));
+    let need = if report.points == 1 { "needs" } else { "need" };
+    render::line(&format!("{points} {need} {needed} of {stored}; looked at in {seconds:.1} s"));
 }
 
 fn tell_quarantined(quarantined: &Quarantined) {
