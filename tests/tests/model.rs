@@ -1,4 +1,4 @@
-//! The store against a simple model: random backups, key changes, verifications, power cuts and kills at random
+//! The store against a simple model: random backups, forgotten points, key changes, verifications, power cuts and kills at random
 //! operations, and restarts. Whatever happened, every recovery point that is listed restores bit for bit, nothing that was
 //! acknowledged is gone, and exactly the secrets that should open the repository do.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -10,13 +10,15 @@ use std::sync::{Arc, Mutex};
 
 use blockstore::sim::SimFolder;
 use blockstore::{
-    DataCheck, LocalStorage, PointDetails, Progress, Protection, RecoveryPointId, Repository, Secret, SlotState,
+    DataCheck, LocalStorage, PointDetails, PointError, Progress, Protection, RecoveryPointId, Repository, Secret, SlotState,
     Source, Target, VerifyOptions, ZeroPolicy, restore,
 };
 use lifeboat_tests::{Random, noise, rounds, seed};
 
 const CHUNK: usize = 16 << 10;
 const MACHINES: usize = 2;
+/// Seconds since 1970.
+const NOW: u64 = 1_800_000_000;
 /// More packs and runs than that no crash leaves between two successful backups.
 const STEPS: u64 = 14;
 
@@ -84,6 +86,8 @@ struct World {
     points: BTreeMap<RecoveryPointId, (usize, Disks)>,
     /// Points of backups that were killed before they said that they were done: a power cut may still take them.
     unsure: BTreeSet<RecoveryPointId>,
+    /// Points that were being forgotten when that was cut off: until the next power cut they may come and go.
+    undecided: BTreeMap<RecoveryPointId, (usize, Disks)>,
     /// Secrets by their numbers; the first opens the repository for ever.
     keys: BTreeMap<u8, Known>,
     crashes: u64,
@@ -103,7 +107,18 @@ impl World {
             })
             .collect();
         let (unsure, keys) = (BTreeSet::new(), BTreeMap::from([(1, Known::Yes)]));
-        World { case, random, folder, repository, machines, points: BTreeMap::new(), unsure, keys, crashes: 0 }
+        World {
+            case,
+            random,
+            folder,
+            repository,
+            machines,
+            points: BTreeMap::new(),
+            unsure,
+            undecided: BTreeMap::new(),
+            keys,
+            crashes: 0,
+        }
     }
 
     #[track_caller]
@@ -120,7 +135,8 @@ impl World {
     }
 
     fn step(&mut self) {
-        match self.random.below(10) {
+        match self.random.below(12) {
+            10 | 11 => self.forget(),
             0..5 => {
                 let machine = self.random.index(MACHINES);
                 self.edit(machine);
@@ -191,7 +207,9 @@ impl World {
         match sealed {
             Ok(Some(point)) => {
                 self.points.insert(point.id, (machine, disks));
-                self.unsure.clear(); // their names stand in the directory that was synced
+                // Their names, and those that are gone, stand in the directory that was synced.
+                self.unsure.clear();
+                self.undecided.clear();
             }
             Ok(None) => {}
             // What a cut-off backup may have left is found at the restart.
@@ -210,6 +228,30 @@ impl World {
             world.points.insert(id, (machine, disks.clone()));
             world.unsure.insert(id);
         });
+    }
+
+    fn forget(&mut self) {
+        if self.points.is_empty() {
+            return;
+        }
+        let at = self.random.index(self.points.len());
+        let Some(id) = self.points.keys().copied().nth(at) else { return };
+        if self.random.once_in(3) {
+            self.repository.protect(id, None, NOW).unwrap_or_else(|error| self.fail(error));
+            let refused = self.repository.forget(id, None, NOW);
+            if !matches!(refused, Err(PointError::Protected { .. })) {
+                self.fail(format_args!("point {id} is protected, and to forget it gives {refused:?}"));
+            }
+            self.repository.unprotect(id).unwrap_or_else(|error| self.fail(error));
+        }
+        self.arm();
+        let forgotten = self.repository.forget(id, None, NOW);
+        let point = self.points.remove(&id);
+        match forgotten {
+            Ok(()) => drop(self.unsure.remove(&id)),
+            Err(_) if self.folder.is_off() => self.undecided.extend(point.map(|point| (id, point))),
+            Err(error) => self.fail(format_args!("point {id} cannot be forgotten: {error}")),
+        }
     }
 
     fn add_key(&mut self) {
@@ -283,12 +325,16 @@ impl World {
         let listed = self.repository.list_points().unwrap_or_else(|error| self.fail(error));
         let listed: BTreeSet<RecoveryPointId> = listed.into_iter().collect();
         for id in &listed {
-            if !self.points.contains_key(id) {
+            if let Some(point) = self.undecided.remove(id) {
+                self.points.insert(*id, point);
+                self.unsure.insert(*id);
+            } else if !self.points.contains_key(id) {
                 unknown(self, *id);
             }
         }
         if !killed {
             let unsure = std::mem::take(&mut self.unsure);
+            self.undecided.clear();
             self.points.retain(|id, _| listed.contains(id) || !unsure.contains(id));
         }
         if let Some(gone) = self.points.keys().find(|id| !listed.contains(id)) {
