@@ -148,6 +148,15 @@ impl Round {
         })
     }
 
+    /// A look that things can be freed by. The points it did not find must be gone for good: one that a killed forget has
+    /// removed, and no sync covered, would come back with the next power cut.
+    fn look_durably(repository: &Repository, progress: &Progress) -> Result<Round, CollectError> {
+        let round = Round::look(repository, progress)?;
+        let settled = repository.storage().settle(ObjectKind::Point);
+        settled.map_err(|source| CollectError::write("the names of the points", source))?;
+        Ok(round)
+    }
+
     /// Those of some leases that still stand.
     fn held_up(&self, waits: &[LeaseId]) -> Vec<&LeaseState> {
         #[cfg(test)]
@@ -234,7 +243,7 @@ impl Repository {
             }
         }
         let fetcher = self.fetcher();
-        let mut round = Round::look(self, progress)?;
+        let mut round = Round::look_durably(self, progress)?;
         let mut report = round.report(options);
         if !round.blockers.is_empty() {
             return Err(CollectError::Blocked(round.blockers));
@@ -252,8 +261,9 @@ impl Repository {
         mark::stop(progress)?;
         sweep::condemn(fetcher, &condemned, options, &lease)?;
         let changed = !condemned.is_empty() || swept.packs > 0;
-        if !condemned.is_empty() && (options.reclaim_now || options.quarantine.is_zero()) {
-            round = Round::look(self, progress)?;
+        let fresh = !condemned.is_empty() || swept.settled > 0;
+        if fresh && (options.reclaim_now || options.quarantine.is_zero()) {
+            round = Round::look_durably(self, progress)?;
             if !round.blockers.is_empty() {
                 return Err(CollectError::Blocked(round.blockers));
             }

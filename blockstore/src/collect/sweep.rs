@@ -20,6 +20,8 @@ pub(super) struct Swept {
     pub packs: u64,
     pub bytes: u64,
     pub reprieved: u64,
+    /// Batches of a collect that was cut off, which wait for leases from now on.
+    pub settled: u64,
 }
 
 /// Deletes the packs whose time has come, and takes out those that are needed.
@@ -59,6 +61,7 @@ pub(super) fn sweep(
             // A collect ended between the two writes of `condemn`: the second one is made up for, and its date kept.
             let batch = Batch { packs: condemned, ..batch.clone() };
             settle(fetcher, *id, batch)?;
+            swept.settled += 1;
         } else if !dying.is_empty() {
             deaths.push((*id, batch.clone(), dying));
         } else if !reprieved.is_empty() {

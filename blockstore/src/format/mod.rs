@@ -10,7 +10,7 @@ pub mod point;
 pub mod protection;
 pub mod run;
 pub mod slot;
-pub(crate) mod verified;
+pub mod verified;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 

@@ -59,6 +59,9 @@ impl Storage for Counted {
     fn delete(&self, object: &Object) -> std::io::Result<()> {
         self.inner.delete(object)
     }
+    fn settle(&self, kind: ObjectKind) -> std::io::Result<()> {
+        self.inner.settle(kind)
+    }
     fn map(&self, object: &Object) -> std::io::Result<Mapping> {
         self.inner.map(object)
     }

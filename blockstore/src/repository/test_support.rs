@@ -111,6 +111,9 @@ impl Storage for BadStorage {
     fn delete(&self, object: &Object) -> io::Result<()> {
         self.storage.delete(object)
     }
+    fn settle(&self, kind: ObjectKind) -> io::Result<()> {
+        self.storage.settle(kind)
+    }
     fn map(&self, object: &Object) -> io::Result<crate::Mapping> {
         self.storage.map(object)
     }

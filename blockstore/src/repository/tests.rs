@@ -373,6 +373,9 @@ impl crate::Storage for ReadOnly {
     fn delete(&self, _: &Object) -> std::io::Result<()> {
         refuse()
     }
+    fn settle(&self, _: ObjectKind) -> std::io::Result<()> {
+        refuse()
+    }
     fn get(&self, object: &Object, max: u64) -> std::io::Result<bytes::Bytes> {
         self.0.get(object, max)
     }

@@ -102,6 +102,29 @@ impl LocalStorage {
         Ok(())
     }
 
+    /// A directory that was never made has no names to sync.
+    fn sync_names(&self, dir: &Path) -> io::Result<()> {
+        match self.folder.sync_dir(dir) {
+            Err(error) if not_found(&error) => Ok(()),
+            synced => self.note_sync(synced),
+        }
+    }
+
+    /// Where the objects of a kind are.
+    fn dirs(&self, kind: ObjectKind) -> io::Result<Vec<PathBuf>> {
+        Ok(match kind {
+            ObjectKind::KeySlot => vec![PathBuf::from("keys")],
+            ObjectKind::Pack => self.folder.list_dirs(Path::new("packs"))?,
+            ObjectKind::IndexRun => vec![PathBuf::from("index")],
+            ObjectKind::Point => vec![PathBuf::from("points")],
+            ObjectKind::DamagedPack => vec![PathBuf::from("damaged")],
+            ObjectKind::Lease => vec![PathBuf::from("leases")],
+            ObjectKind::Protection => vec![PathBuf::from("protected")],
+            ObjectKind::Quarantine => vec![PathBuf::from("quarantine")],
+            ObjectKind::Verified => vec![PathBuf::from("verified")],
+        })
+    }
+
     /// The file of an object; those of packs stay open.
     fn file(&self, object: &Object) -> io::Result<Arc<dyn Disk>> {
         let open = || self.folder.open_read(Path::new(&object.path()));
@@ -201,19 +224,8 @@ impl Storage for LocalStorage {
     }
 
     fn list(&self, kind: ObjectKind) -> io::Result<Vec<Listed>> {
-        let dirs = match kind {
-            ObjectKind::KeySlot => vec![PathBuf::from("keys")],
-            ObjectKind::Pack => self.folder.list_dirs(Path::new("packs"))?,
-            ObjectKind::IndexRun => vec![PathBuf::from("index")],
-            ObjectKind::Point => vec![PathBuf::from("points")],
-            ObjectKind::DamagedPack => vec![PathBuf::from("damaged")],
-            ObjectKind::Lease => vec![PathBuf::from("leases")],
-            ObjectKind::Protection => vec![PathBuf::from("protected")],
-            ObjectKind::Quarantine => vec![PathBuf::from("quarantine")],
-            ObjectKind::Verified => vec![PathBuf::from("verified")],
-        };
         let mut listed = Vec::new();
-        for dir in dirs {
+        for dir in self.dirs(kind)? {
             for entry in self.folder.list(&dir)? {
                 let name = entry.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
                 let object = Object::parse(kind, name);
@@ -230,10 +242,15 @@ impl Storage for LocalStorage {
         self.open.remove(object);
         let path = PathBuf::from(object.path());
         match self.folder.remove(&path) {
-            Err(error) if not_found(&error) => Ok(()),
-            Err(error) => Err(error),
-            Ok(()) => self.note_sync(self.folder.sync_dir(path.parent().unwrap_or(Path::new("")))),
+            // Whoever removed it may have been killed before that was durable.
+            Err(error) if not_found(&error) => {}
+            removed => removed?,
         }
+        self.sync_names(path.parent().unwrap_or(Path::new("")))
+    }
+
+    fn settle(&self, kind: ObjectKind) -> io::Result<()> {
+        self.dirs(kind)?.iter().try_for_each(|dir| self.sync_names(dir))
     }
 
     fn map(&self, object: &Object) -> io::Result<Mapping> {

@@ -180,8 +180,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// All objects of a kind, in no particular order. Other names are left out.
     fn list(&self, kind: ObjectKind) -> io::Result<Vec<Listed>>;
 
-    /// Deletes an object; one that is gone already is no error.
+    /// Deletes an object, durably; one that is gone already is no error.
     fn delete(&self, object: &Object) -> io::Result<()>;
+
+    /// Makes durable which objects of a kind are there and which are gone. Whoever deleted one and was killed may not have
+    /// come to that, and a power cut brings the object back: nothing may rest on its absence before this returns.
+    fn settle(&self, kind: ObjectKind) -> io::Result<()>;
 
     /// The bytes of an object without reading them now, where that is possible.
     fn map(&self, object: &Object) -> io::Result<Mapping>;

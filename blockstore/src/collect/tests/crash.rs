@@ -107,3 +107,47 @@ fn a_collect_that_is_cancelled_anywhere_loses_nothing() {
         check(&folder, &kept, &format!("cancelled after {share} of 8, next collect"));
     }
 }
+
+/// The names a killed forget has removed may come back with the next power cut, if nothing has synced their folder.
+#[test]
+fn a_forget_that_was_killed_a_collect_and_a_power_cut_leave_a_point_whole_or_gone() {
+    let Ready { folder, kept } = ready(1);
+    let (forgotten, _) = &kept[0];
+    let rehearsal = folder.after_crash();
+    open(&rehearsal, 0).expect("opens").forget(forgotten.id, None, 1).expect("forgets");
+    let mut freed = 0;
+    for cut in 0..rehearsal.operations() {
+        let killed = folder.after_crash().crash_at(cut);
+        assert!(open(&killed, 0).expect("opens").forget(forgotten.id, None, 1).is_err(), "cut {cut}");
+        let next = killed.after_kill();
+        freed += u64::from(collect(&next, 1).is_some_and(|report| report.points == 1));
+        for seed in 0..8 {
+            let folder = next.after_crash_with(seed);
+            let repository = open(&folder, 7).unwrap_or_else(|error| panic!("cut {cut}, seed {seed}: {error}"));
+            let listed = repository.list_points().expect("lists");
+            let there: Vec<_> = kept.iter().filter(|(point, _)| listed.contains(&point.id)).cloned().collect();
+            check(&folder, &there, &format!("cut {cut}, seed {seed}"));
+        }
+    }
+    assert!(freed > 0, "no cut came between the point's end and its sync: that proves nothing");
+}
+
+/// What was done before, and not yet durable, is durable when it is done again.
+#[test]
+fn an_unprotect_that_was_killed_and_is_repeated_survives_a_power_cut() {
+    let Ready { folder, kept } = ready(1);
+    let point = kept[0].0.id;
+    open(&folder, 0).expect("opens").protect(point, None, 1).expect("protects");
+    let rehearsal = folder.after_crash();
+    open(&rehearsal, 0).expect("opens").unprotect(point).expect("unprotects");
+    for cut in 0..rehearsal.operations() {
+        let killed = folder.after_crash().crash_at(cut);
+        assert!(open(&killed, 0).expect("opens").unprotect(point).is_err(), "cut {cut}");
+        let next = killed.after_kill();
+        open(&next, 1).expect("opens").unprotect(point).expect("unprotects");
+        for seed in 0..8 {
+            let repository = open(&next.after_crash_with(seed), 2).expect("opens");
+            assert_eq!(repository.protection(point).expect("reads"), None, "cut {cut}, seed {seed}");
+        }
+    }
+}

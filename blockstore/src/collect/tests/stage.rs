@@ -218,6 +218,9 @@ impl Storage for Staged {
     fn delete(&self, object: &Object) -> io::Result<()> {
         self.turn(&format_args!("delete {object}"), || self.inner.delete(object))
     }
+    fn settle(&self, kind: ObjectKind) -> io::Result<()> {
+        self.inner.settle(kind)
+    }
     fn map(&self, object: &Object) -> io::Result<Mapping> {
         self.turn(&format_args!("map {object}"), || self.inner.map(object))
     }
