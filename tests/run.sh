@@ -17,7 +17,7 @@ export LIFEBOAT_ACCEL=${LIFEBOAT_ACCEL:-tcg}
 cargo build --workspace --all-targets || exit 1
 cargo test --workspace --no-fail-fast -- "$@" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
-if [ -n "${LIFEBOAT_NIGHTLY:-}" ]; then seconds=600; else seconds=2; fi
+if [ -n "${LIFEBOAT_NIGHTLY:-}" ]; then seconds=600; else seconds=1; fi
 FUZZ_SECONDS=${FUZZ_SECONDS:-$seconds} tests/fuzz/run.sh 2>&1 | tee -a "$log"
 fuzzed=${PIPESTATUS[0]}
 if [ "$status" -eq 0 ]; then status=$fuzzed; fi

@@ -13,6 +13,7 @@ mod overlay;
 mod recovery;
 mod repository;
 pub mod seal;
+mod upkeep;
 mod volumes;
 
 /// Something to fuzz.
@@ -34,8 +35,14 @@ pub const TARGETS: &[Target] = &[
     Target { name: "index-run", run: objects::index_run, seeds: objects::index_run_seeds },
     Target { name: "point", run: objects::point, seeds: objects::point_seeds },
     Target { name: "repository", run: repository::run, seeds: repository::seeds },
+    Target { name: "lease", run: upkeep::lease, seeds: upkeep::lease_seeds },
+    Target { name: "quarantine", run: upkeep::quarantine, seeds: upkeep::quarantine_seeds },
+    Target { name: "liveness", run: upkeep::liveness, seeds: upkeep::liveness_seeds },
+    Target { name: "protection", run: upkeep::protection, seeds: upkeep::protection_seeds },
+    Target { name: "verified", run: upkeep::verified, seeds: upkeep::verified_seeds },
     Target { name: "overlay", run: overlay::run, seeds: overlay::seeds },
     Target { name: "recovery-journal", run: recovery::journal, seeds: recovery::journal_seeds },
+    Target { name: "hydrated", run: recovery::hydrated, seeds: recovery::hydrated_seeds },
     Target { name: "nbd-handshake", run: nbd::server::handshake, seeds: nbd::server::handshake_seeds },
     Target { name: "nbd-transmission", run: nbd::server::transmission, seeds: nbd::server::transmission_seeds },
     Target { name: "nbd-client", run: nbd::client::handshake, seeds: nbd::client::handshake_seeds },

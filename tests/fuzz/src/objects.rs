@@ -11,7 +11,7 @@ use blockstore::format::point::{Envelope, HEADER_LEN};
 use blockstore::format::run::Layout;
 use blockstore::format::slot::{Slot, Stretch};
 use blockstore::sim::SimFolder;
-use blockstore::{ChunkId, LocalStorage, RecoveryPointId, Repository, RepositoryId, SlotId};
+use blockstore::{ChunkId, LocalStorage, RecoveryPointId, Repository, RepositoryId, SlotId, Storage};
 
 use crate::{repository, seal};
 
@@ -181,6 +181,10 @@ pub(crate) fn write(folder: &SimFolder, path: &str, bytes: &[u8]) {
     }
 }
 
+pub(crate) fn storage(folder: &SimFolder) -> Arc<dyn Storage> {
+    Arc::new(LocalStorage::new(Arc::new(folder.clone())))
+}
+
 pub(crate) fn open(folder: &SimFolder) -> Result<Repository, blockstore::OpenError> {
-    Repository::open(Arc::new(LocalStorage::new(Arc::new(folder.clone()))), None, 1 << 20)
+    Repository::open(storage(folder), None, 1 << 20)
 }

@@ -1,11 +1,14 @@
-//! The journal of a recovery.
+//! The files of a recovery: its journal, and what its rehydration has copied.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use lifeboat::recovery::journal::{Journal, JournalError};
+use lifeboat::rehydrate::written_before;
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::{Input, seal};
 
 fn path() -> PathBuf {
     static DIR: OnceLock<TempDir> = OnceLock::new();
@@ -59,4 +62,37 @@ pub(crate) fn journal_seeds() -> Vec<Vec<u8>> {
         .into_iter()
         .map(|(kind, text)| [&[kind], text.as_bytes()].concat())
         .collect()
+}
+
+/// Three bytes for the number of 4 KiB blocks on the disk, then the file: as it is, and as one of this disk.
+pub(crate) fn hydrated(data: &[u8]) {
+    let mut input = Input::new(data);
+    let size = input.number(3) * 4096;
+    let bytes = input.rest();
+    let mut sealed = bytes.to_vec();
+    seal::put(&mut sealed, 0, b"LBOATHY1");
+    seal::put(&mut sealed, 8, &size.to_le_bytes());
+    if let Some(end) = sealed.len().checked_sub(4) {
+        seal::crc(&mut sealed, 0..end, end);
+    }
+    let path = path();
+    for bytes in [bytes, &sealed] {
+        std::fs::write(&path, bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let set = written_before(&path, size);
+        assert_eq!(set.regions(), size.div_ceil(65536));
+        assert!(set.count() <= set.regions(), "regions past the end of the disk");
+        assert!((0..set.regions()).filter(|region| set.contains(*region)).count() as u64 == set.count());
+    }
+}
+
+pub(crate) fn hydrated_seeds() -> Vec<Vec<u8>> {
+    // 70 regions and a bit, in two words.
+    let (blocks, size) = (70 * 16 + 1_u32, (70 * 16 + 1) * 4096_u64);
+    let file = |words: [u64; 2]| {
+        let numbers = [size, 65536, words[0], words[1]];
+        let mut bytes = [&b"LBOATHY1"[..], &numbers.map(u64::to_le_bytes).concat()].concat();
+        bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
+        [&blocks.to_le_bytes()[..3], &bytes].concat()
+    };
+    vec![file([0, 0]), file([u64::MAX, 0x7f]), file([5, 1 << 6])]
 }

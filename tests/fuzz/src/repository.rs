@@ -21,6 +21,8 @@ const INDEX_RUN: u8 = 2;
 const POINT: u8 = 3;
 /// Objects of other kinds, as they are, below these folders and under the hash of their bytes.
 const OTHERS: [&str; 8] = ["keys", "damaged", "leases", "quarantine", "protected", "verified", "index", "tmp"];
+/// Of these, the names are shorter.
+const SHORT: [&str; 3] = ["keys", "leases", "quarantine"];
 
 pub(crate) fn run(data: &[u8]) {
     let folder = SimFolder::new(1);
@@ -46,7 +48,9 @@ pub(crate) fn run(data: &[u8]) {
             }
             other => {
                 let dir = OTHERS[usize::from(other) % OTHERS.len()];
-                write(&folder, &format!("{dir}/{}", name(&bytes)), &bytes);
+                let name = name(&bytes);
+                let named = if SHORT.contains(&dir) { &name[..32] } else { &name };
+                write(&folder, &format!("{dir}/{named}"), &bytes);
             }
         }
     }
@@ -61,6 +65,22 @@ pub(crate) fn run(data: &[u8]) {
     }
     let Ok(repository) = open(&folder) else { return };
     use_all_of(&repository);
+}
+
+/// Every point of a repository that nobody damaged.
+pub(crate) fn read_all(repository: &Repository) {
+    let ids = repository.list_points().unwrap_or_else(|error| panic!("points cannot be listed: {error}"));
+    assert!(!ids.is_empty(), "points are gone");
+    for id in ids {
+        let point = repository.load_point(id).unwrap_or_else(|error| panic!("point {id}: {error}"));
+        for disk in &point.disks {
+            let read = repository.open_disk(&point, &disk.name).and_then(|disk| {
+                let mut segments = Vec::new();
+                disk.read(0, disk.size(), &mut segments)
+            });
+            read.unwrap_or_else(|error| panic!("point {id}, {}: {error}", disk.name));
+        }
+    }
 }
 
 /// None of this may panic, hang or take more memory than is bounded; what fails, fails.
@@ -126,7 +146,7 @@ impl Source for Bytes {
 }
 
 /// A small repository with two points.
-fn real_one() -> SimFolder {
+pub(crate) fn real_one() -> SimFolder {
     let folder = SimFolder::new(1);
     write(&folder, "repository", &plain_config().encode());
     let repository = open(&folder).unwrap_or_else(|error| panic!("it does not open: {error}"));
@@ -148,7 +168,7 @@ fn real_one() -> SimFolder {
 }
 
 /// Paths and bytes of all objects but the configuration.
-fn files(folder: &SimFolder) -> Vec<(PathBuf, Vec<u8>)> {
+pub(crate) fn files(folder: &SimFolder) -> Vec<(PathBuf, Vec<u8>)> {
     let mut dirs = vec![PathBuf::new()];
     let mut files = Vec::new();
     while let Some(dir) = dirs.pop() {

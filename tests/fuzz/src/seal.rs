@@ -57,6 +57,15 @@ pub fn point(bytes: &mut [u8]) {
     crc(bytes, 0..92, 92);
 }
 
+/// A note: the length and checksum of its text, and the header's.
+pub fn note(bytes: &mut [u8]) {
+    let text = bytes.len().saturating_sub(64);
+    put(bytes, 12, &u32::try_from(text).unwrap_or(u32::MAX).to_le_bytes());
+    let length = bytes.len();
+    crc(bytes, 64.min(length)..length, 32);
+    crc(bytes, 0..60, 60);
+}
+
 /// An overlay's journal: its header, and every batch up to one whose length makes no sense. With `order`, each batch also
 /// gets the number and the predecessor that its place asks for.
 pub fn journal(bytes: &mut [u8], order: bool) {
