@@ -19,6 +19,7 @@ const PARENT_LEN_MAX: usize = 24;
 pub struct Sandbox {
     dir: TempDir,
     passphrase: Option<&'static str>,
+    key_file: Option<String>,
 }
 
 /// The program beside the test's own: `target/PROFILE/lifeboat`.
@@ -47,7 +48,7 @@ impl Sandbox {
         }
         let dir = tempfile::Builder::new().prefix("lb-").tempdir_in(parent);
         let dir = dir.unwrap_or_else(|error| panic!("no temporary folder: {error}"));
-        Sandbox { dir, passphrase: Some("correct horse") }
+        Sandbox { dir, passphrase: Some("correct horse"), key_file: None }
     }
 
     /// A place whose repository is not encrypted: commands do not spend their time on a passphrase.
@@ -56,6 +57,19 @@ impl Sandbox {
         sandbox.passphrase = None;
         sandbox.ok(&["init", "--no-encryption", "--chunk-size", chunk_size]);
         sandbox
+    }
+
+    /// A place whose repository is encrypted and opens by the key file `name` in this place, which costs no time either.
+    pub fn with_key_file(name: &str, chunk_size: &str) -> Sandbox {
+        let mut sandbox = Sandbox::new();
+        sandbox.use_key_file(name);
+        sandbox.ok(&["init", "--chunk-size", chunk_size]);
+        sandbox
+    }
+
+    /// From now on commands open the repository by this key file.
+    pub fn use_key_file(&mut self, name: &str) {
+        (self.passphrase, self.key_file) = (None, Some(self.name(name)));
     }
 
     /// A place with an encrypted repository.
@@ -89,6 +103,9 @@ impl Sandbox {
             .stdin(Stdio::null());
         if let Some(passphrase) = self.passphrase {
             command.env("LIFEBOAT_PASSPHRASE", passphrase);
+        }
+        if let Some(key_file) = &self.key_file {
+            command.env("LIFEBOAT_KEY_FILE", key_file);
         }
         command
     }

@@ -1,19 +1,27 @@
-//! `kill -9` of the real program at random moments, whatever it is doing to a repository: the next command works, every
-//! recovery point that is listed restores bit for bit, and none that was acknowledged is gone.
+//! `kill -9` of the real program at random moments, whatever it is doing to a repository or a recovery: the next command
+//! works, every recovery point that is listed restores bit for bit, none that was acknowledged is gone, none that was
+//! forgotten is back, what was written through NBD and acknowledged is there, and no lease or temporary file stays.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+#[path = "kill/recovery.rs"]
+mod recovery;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lifeboat_tests::{Random, Sandbox, noise, rounds, seed};
+use lifeboat_tests::{Random, Sandbox, noise, rounds, seed, tool};
 use serde_json::Value;
 
 const CHUNK: usize = 16 << 10;
 const MACHINES: usize = 2;
+/// A command that was not seen to its end yet is taken to last so long.
+const LASTS: Duration = Duration::from_millis(80);
+/// More points than that of a machine are dropped.
+const POINTS_MAX: usize = 6;
 
 /// A point's machine and disk.
 #[derive(Clone)]
@@ -28,6 +36,11 @@ struct Harness {
     sandbox: Sandbox,
     machines: Vec<Arc<Vec<u8>>>,
     points: BTreeMap<String, Point>,
+    /// The number of the key file that opens the repository; larger ones were not used yet.
+    key: u64,
+    keys_made: u64,
+    /// Numbers of more key files that open it.
+    spare: BTreeSet<u64>,
     /// How long each kind of command took when it was not killed.
     lasted: BTreeMap<&'static str, Duration>,
     killed: BTreeMap<&'static str, u64>,
@@ -36,7 +49,7 @@ struct Harness {
 
 impl Harness {
     fn new(seed: u64) -> Harness {
-        let sandbox = Sandbox::with_plain_repository("16K");
+        let sandbox = Sandbox::with_key_file(&key(0), "16K");
         let mut random = Random::new(seed);
         let mut machines = Vec::new();
         for machine in 0..MACHINES {
@@ -46,7 +59,19 @@ impl Harness {
             machines.push(bytes);
         }
         let (points, lasted, killed) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Harness { seed, random, sandbox, machines, points, lasted, killed, round: 0 }
+        Harness {
+            seed,
+            random,
+            sandbox,
+            machines,
+            points,
+            key: 0,
+            keys_made: 0,
+            spare: BTreeSet::new(),
+            lasted,
+            killed,
+            round: 0,
+        }
     }
 
     #[track_caller]
@@ -60,7 +85,8 @@ impl Harness {
         let mut command = self.sandbox.command(args);
         let began = Instant::now();
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let lasts = self.lasted.get(kind).copied().filter(|_| !self.random.once_in(4));
+        let lasts = self.lasted.get(kind).copied().unwrap_or(LASTS);
+        let lasts = Some(lasts).filter(|_| !self.random.once_in(4));
         if let Some(lasts) = lasts {
             let micros = u64::try_from(lasts.as_micros()).unwrap_or(u64::MAX).max(1000);
             thread::sleep(Duration::from_micros(self.random.below(micros + micros / 8)));
@@ -83,16 +109,27 @@ impl Harness {
     }
 
     fn step(&mut self) {
-        match self.random.below(8) {
-            0..4 => self.back_up(),
-            4 | 5 => self.restore(),
-            6 => drop(self.disturbed("verify", &["verify"])),
-            _ => drop(self.disturbed("verify --read-data", &["verify", "--read-data"])),
+        match self.random.below(32) {
+            0..9 => self.back_up(),
+            9..12 => self.restore(),
+            12..14 => self.restore_in_place(),
+            14 => drop(self.disturbed("verify", &["verify"])),
+            15 | 16 => drop(self.disturbed("verify --read-data", &["verify", "--read-data"])),
+            17..19 => self.forget(),
+            19..21 => self.prune(),
+            21..25 => self.collect(),
+            25 => self.add_key(),
+            26 => self.remove_key(),
+            27 => self.rotate_key(),
+            _ => self.recover(),
         }
     }
 
     fn back_up(&mut self) {
         let machine = self.random.index(MACHINES);
+        if self.points.values().filter(|point| point.machine == machine).count() >= POINTS_MAX {
+            return self.prune();
+        }
         let mut bytes = self.machines[machine].to_vec();
         for _ in 0..1 + self.random.below(12) {
             let start = self.random.index(bytes.len());
@@ -139,7 +176,7 @@ impl Harness {
 
     /// A restore that was killed leaves nothing that a second one cannot deal with, and nothing that looks finished.
     fn restore(&mut self) {
-        let Some((id, point)) = self.any_point() else { return };
+        let Some((id, point)) = self.any_point() else { return self.back_up() };
         let target = self.sandbox.path("restored.raw");
         let name = self.sandbox.name("restored.raw");
         let _ = fs::remove_file(&target);
@@ -152,6 +189,130 @@ impl Harness {
             self.fail(format_args!("a restore of {id} said that it was done, and its target is not there"));
         }
         self.restores(&id, &point);
+    }
+
+    /// What `--in-place` leaves half-done, `--in-place` finishes.
+    fn restore_in_place(&mut self) {
+        let Some((id, point)) = self.any_point() else { return };
+        let (target, name) = (self.sandbox.path("place.raw"), self.sandbox.name("place.raw"));
+        let way = if self.random.once_in(2) { "--in-place" } else { "--resume" };
+        if way == "--in-place" && !target.exists() {
+            fs::write(&target, noise(self.round, point.bytes.len())).unwrap();
+        } else if way == "--resume" {
+            let _ = fs::remove_file(&target);
+        }
+        let args = ["restore", &id, "--to", &name, way];
+        if !self.disturbed(way, &args) && (way == "--in-place" || !target.exists()) {
+            self.sandbox.ok(&args);
+        }
+        if fs::read(&target).unwrap() != *point.bytes {
+            self.fail(format_args!("a restore of {id} with {way} left other bytes"));
+        }
+    }
+
+    fn forget(&mut self) {
+        let Some((id, _)) = self.any_point() else { return };
+        let before = self.listed();
+        let done = self.disturbed("forget", &["forget", &id, "--newest"]);
+        let listed = self.dropped(&before, |gone| gone == id);
+        if done && listed.contains_key(&id) {
+            self.fail(format_args!("point {id} was forgotten, and is listed"));
+        }
+    }
+
+    fn prune(&mut self) {
+        let machine = self.random.index(MACHINES);
+        let of = |points: &BTreeMap<String, Point>| points.values().filter(|point| point.machine == machine).count();
+        if of(&self.points) == 0 {
+            return;
+        }
+        let (before, points) = (self.listed(), self.points.clone());
+        let name = format!("machine{machine}");
+        let done = self.disturbed("prune", &["prune", "--keep-last", "2", "--machine", &name]);
+        self.dropped(&before, |gone| points[gone].machine == machine);
+        let (had, has) = (of(&points), of(&self.points));
+        if has < had.min(2) || (done && has > 2) {
+            self.fail(format_args!("2 of {had} points of {name} were to be kept, and {has} are"));
+        }
+    }
+
+    /// Points that are not listed any more may be gone if `may` says so; what is left is listed from now on.
+    fn dropped(&mut self, before: &BTreeMap<String, Value>, may: impl Fn(&str) -> bool) -> BTreeMap<String, Value> {
+        let listed = self.listed();
+        for gone in before.keys().filter(|id| !listed.contains_key(*id)) {
+            if !may(gone) {
+                self.fail(format_args!("point {gone} is gone, which nobody asked for"));
+            }
+        }
+        self.points.retain(|id, _| listed.contains_key(id));
+        listed
+    }
+
+    fn collect(&mut self) {
+        match self.random.below(4) {
+            0 => drop(self.disturbed("collect", &["collect"])),
+            1 => drop(self.disturbed("collect --dry-run", &["collect", "--dry-run"])),
+            2 => drop(self.disturbed("collect --reclaim-now", &["collect", "--reclaim-now"])),
+            _ => {
+                let args = ["collect", "--reclaim-now", "--threshold", "100"];
+                self.disturbed("collect --threshold 100", &args);
+            }
+        }
+    }
+
+    fn new_key(&mut self) -> (u64, String) {
+        self.keys_made += 1;
+        (self.keys_made, self.sandbox.name(&key(self.keys_made)))
+    }
+
+    fn opens(&self, number: u64) -> bool {
+        let mut command = self.sandbox.command(&["points"]);
+        let output = command.env("LIFEBOAT_KEY_FILE", self.sandbox.path(&key(number))).output().unwrap();
+        match output.status.code() {
+            Some(0) => true,
+            Some(5) => false,
+            code => self.fail(format_args!("with key {number}: {code:?} {}", String::from_utf8_lossy(&output.stderr))),
+        }
+    }
+
+    fn add_key(&mut self) {
+        let (number, file) = self.new_key();
+        let args = ["key", "add", "--new-key-file", &file, "--label", &key(number)];
+        let done = self.disturbed("key add", &args);
+        let opens = self.sandbox.path(&key(number)).exists() && self.opens(number);
+        if done && !opens {
+            self.fail(format_args!("key {number} was added, and does not open"));
+        }
+        if opens {
+            self.spare.insert(number);
+        }
+    }
+
+    fn remove_key(&mut self) {
+        let Some(number) = self.spare.pop_last() else { return self.add_key() };
+        let done = self.disturbed("key remove", &["key", "remove", &key(number)]);
+        match (done, self.opens(number)) {
+            (true, true) => self.fail(format_args!("key {number} was removed, and opens")),
+            (false, true) => drop(self.spare.insert(number)),
+            (_, false) => {}
+        }
+    }
+
+    fn rotate_key(&mut self) {
+        let (number, file) = self.new_key();
+        let args = ["key", "rotate", "--new-key-file", &file, "--label", &key(number)];
+        let done = self.disturbed("key rotate", &args);
+        let (old, new) = (self.opens(self.key), self.sandbox.path(&key(number)).exists() && self.opens(number));
+        match (old, new) {
+            (false, false) => self.fail(format_args!("keys {} and {number}: neither opens", self.key)),
+            (false, true) => {
+                self.key = number;
+                self.sandbox.use_key_file(&key(number));
+            }
+            _ if done => self.fail(format_args!("key {} was replaced by {number}: {old}, {new}", self.key)),
+            (true, true) => drop(self.spare.insert(number)),
+            (true, false) => {}
+        }
     }
 
     fn restores(&self, id: &str, point: &Point) {
@@ -177,12 +338,50 @@ impl Harness {
         }
     }
 
-    fn check_all(&self) {
+    fn check_all(&mut self) {
         self.sandbox.ok(&["verify", "--read-data"]);
         for (id, point) in &self.points {
             self.restores(id, point);
         }
+        self.nothing_stays();
     }
+
+    /// What killed processes left is recognised: leases and quarantine by a collect, temporary files of two days ago by
+    /// the next backup. The restores above took away what restores to the same name had left.
+    fn nothing_stays(&mut self) {
+        let collected = self.sandbox.json(&["collect", "--reclaim-now"]);
+        for dir in ["leases", "quarantine"] {
+            if let Some(left) = files(&self.sandbox, &format!("repo/{dir}")).first() {
+                self.fail(format_args!("nobody is at work, and {dir}/{left} is there: {collected}"));
+            }
+        }
+        for file in files(&self.sandbox, "repo/tmp") {
+            tool("touch", &["-d", "2 days ago", &self.sandbox.name(&format!("repo/tmp/{file}"))]);
+        }
+        self.sandbox.ok(&["backup", "last", &self.sandbox.name(&image(0))]);
+        let mut new = self.listed();
+        new.retain(|id, _| !self.points.contains_key(id));
+        let [id] = &new.keys().collect::<Vec<_>>()[..] else { self.fail(format_args!("one point, not {new:?}")) };
+        self.sandbox.ok(&["forget", id, "--newest"]);
+        if let Some((id, _)) = self.any_point() {
+            self.sandbox.ok(&["restore", &id, "--to", &self.sandbox.name("restored.raw"), "--overwrite"]);
+        }
+        let here = files(&self.sandbox, "").into_iter().filter(|name| name.starts_with("restored.raw."));
+        let left: Vec<String> = files(&self.sandbox, "repo/tmp").into_iter().chain(here).collect();
+        if !left.is_empty() {
+            self.fail(format_args!("temporary files stay: {left:?}"));
+        }
+    }
+}
+
+/// Names of the files in a folder of the sandbox.
+fn files(sandbox: &Sandbox, dir: &str) -> Vec<String> {
+    let entries = fs::read_dir(sandbox.path(dir)).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.path().is_file()).map(|entry| entry.file_name().into_string().unwrap()).collect()
+}
+
+fn key(number: u64) -> String {
+    format!("key{number}")
 }
 
 fn image(machine: usize) -> String {
