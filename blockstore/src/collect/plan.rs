@@ -22,6 +22,14 @@ pub(crate) struct Tally {
     pub live_bytes: u64,
 }
 
+impl Tally {
+    /// A pack without a dead frame is not: a copy of it would be as long. The header and table of a pack of few small
+    /// frames are most of it.
+    fn is_worth_repacking(&self, threshold: u8) -> bool {
+        self.live_frames < self.frames && self.live_bytes * 100 < u64::from(self.len) * u64::from(threshold)
+    }
+}
+
 /// The packs that the index names, and how much of each is needed.
 pub(crate) fn tally(marks: &Marks) -> HashMap<PackId, Tally> {
     let mut packs: HashMap<PackId, Tally> = HashMap::new();
@@ -103,9 +111,7 @@ pub(crate) fn plan(packs: &HashMap<PackId, Tally>, standing: &Standing, threshol
             Some(_) if standing.quarantined.contains(pack) => {}
             Some(_) if tally.live_frames == 0 => plan.dead.push(*pack),
             Some(_) if threshold == 0 || standing.damaged.contains(pack) => {}
-            Some(_) if tally.live_bytes * 100 < u64::from(tally.len) * u64::from(threshold) => {
-                plan.repack.push(*pack);
-            }
+            Some(_) if tally.is_worth_repacking(threshold) => plan.repack.push(*pack),
             Some(_) if tally.len < TINY_LEN => tiny.entry(tally.kind).or_default().push(*pack),
             Some(_) => {}
         }
@@ -153,6 +159,15 @@ mod tests {
         assert!(plan(&packs, &standing, 0).repack.is_empty());
         standing.packs.clear();
         assert_eq!(plan(&packs, &standing, 50).gone, [id(1), id(4), id(6)].into());
+    }
+
+    #[test]
+    fn a_pack_all_of_which_is_needed_is_not_repacked_however_little_that_is() {
+        let whole = Tally { kind: PackKind::Data, len: 200, frames: 1, live_frames: 1, live_bytes: 54 };
+        let standing = Standing { packs: [(id(1), 200)].into(), ..Standing::default() };
+        assert!(plan(&HashMap::from([(id(1), whole)]), &standing, 100).repack.is_empty());
+        let half = Tally { frames: 2, ..whole };
+        assert_eq!(plan(&HashMap::from([(id(1), half)]), &standing, 50).repack, [id(1)]);
     }
 
     #[test]
