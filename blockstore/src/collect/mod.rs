@@ -4,7 +4,7 @@
 //! lease -> mark -> sweep what is due in quarantine -> repack what is mostly dead -> quarantine what is dead
 //! ```
 //! A **round** is one look at everything, in an order that makes it safe: leases, points, leases again, index, packs
-//! ([`mark`]). [`sweep`] says when a pack is deleted and why nobody can miss it; [`repack`] and [`sweep::condemn`] say in
+//! (`mark`). `sweep` says when a pack is deleted and why nobody can miss it; `repack` and `sweep::condemn` say in
 //! which order they write. Everything may be cut off between any two steps, by a crash or by the caller: what is left is
 //! packs stored twice, packs that no run names, or a quarantine that waits, and the next collect goes on from there.
 
