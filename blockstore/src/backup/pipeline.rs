@@ -26,8 +26,6 @@ use crate::read::ManifestReader;
 
 /// A unit of work reads about this much.
 const UNIT_BYTES: u64 = 1 << 20;
-/// Level of zstd: on chunks of 64 KiB, 3 saves 1 % more for a fifth more time, 1 takes 2 % more room.
-const ZSTD_LEVEL: i32 = 2;
 /// How long the packer waits before it looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -145,7 +143,7 @@ impl Capture<'_> {
     }
 
     fn work(&self, dispenser: &Mutex<Dispenser>, window: &Window) -> Result<(), BackupError> {
-        let mut compressor = Compressor::new(ZSTD_LEVEL).map_err(BackupError::Threads)?;
+        let mut compressor = Compressor::new().map_err(BackupError::Threads)?;
         let mut plain = Vec::new();
         while !self.stopped() {
             let unit = {
@@ -382,7 +380,7 @@ impl Capture<'_> {
         let id = self.shared.fetcher.keyring.node_id(level, node);
         let new = self.shared.claim_node(&id, level);
         if new {
-            let mut compressor = Compressor::new(ZSTD_LEVEL).map_err(BackupError::Threads)?;
+            let mut compressor = Compressor::new().map_err(BackupError::Threads)?;
             let (bytes, compressed) = compressor.compress(node);
             let payload = Payload { id, bytes, plain_len: NODE_LEN, compressed, level };
             writer.append(Place::Metadata, payload)?;
@@ -408,7 +406,7 @@ impl Capture<'_> {
         if chosen.is_empty() {
             return Ok(());
         }
-        let mut compressor = Compressor::new(ZSTD_LEVEL).map_err(BackupError::Threads)?;
+        let mut compressor = Compressor::new().map_err(BackupError::Threads)?;
         for (id, chunk) in chosen.iter().zip(fetcher.chunks(&chosen)) {
             let Ok(chunk) = chunk.inspect_err(|error| warn!(chunk = %id, %error, "a stored chunk cannot be read"))
             else {

@@ -22,8 +22,6 @@ use crate::pack::fetch::Fetcher;
 use crate::progress::Progress;
 use crate::storage::Object;
 
-/// Level of zstd, as in a backup.
-const ZSTD_LEVEL: i32 = 2;
 /// Entries whose places are held in memory at once.
 const GROUP_FRAMES: u64 = 512 << 10;
 /// Entries of new packs before a run of them is stored.
@@ -57,7 +55,7 @@ pub(super) fn repack(
     packs: &[PackId],
     progress: &Progress,
 ) -> Result<Repacked, CollectError> {
-    let compressor = Compressor::new(ZSTD_LEVEL).map_err(|source| CollectError::write("packs", source))?;
+    let compressor = Compressor::new().map_err(|source| CollectError::write("packs", source))?;
     let entries = RunBuilder::default();
     let mut copier = Copier { fetcher, compressor, data: None, metadata: None, entries, written: 0 };
     let mut failed = HashSet::new();

@@ -106,10 +106,14 @@ pub(crate) struct Compressor {
     buffer: Vec<u8>,
 }
 
+/// Level of zstd: on chunks of 64 KiB of a Debian system, 1 takes 3 % more room for a fifth less time; 9 would save 3 %
+/// for several times as much.
+const ZSTD_LEVEL: i32 = 3;
+
 impl Compressor {
-    /// A context of a zstd level.
-    pub fn new(level: i32) -> io::Result<Compressor> {
-        Ok(Compressor { context: zstd::bulk::Compressor::new(level)?, buffer: Vec::new() })
+    /// A context and its buffer; to be used for many frames.
+    pub fn new() -> io::Result<Compressor> {
+        Ok(Compressor { context: zstd::bulk::Compressor::new(ZSTD_LEVEL)?, buffer: Vec::new() })
     }
 
     /// What to store for `plain`, and whether it is compressed.

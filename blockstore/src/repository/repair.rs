@@ -38,8 +38,6 @@ use crate::pack::fetch::Fetcher;
 use crate::progress::Progress;
 use crate::storage::{Object, Storage};
 
-/// Level of zstd.
-const ZSTD_LEVEL: i32 = 2;
 /// A repaired node may show that what is below it is damaged, too: at most so often, a tree has 7 levels.
 const ROUNDS_MAX: u32 = 8;
 /// Bytes of an image read at once.
@@ -304,7 +302,7 @@ struct Mender<'a> {
 
 impl<'a> Mender<'a> {
     fn new(repository: &'a Repository) -> Result<Mender<'a>, RepairError> {
-        let compressor = Compressor::new(ZSTD_LEVEL);
+        let compressor = Compressor::new();
         let compressor = compressor.map_err(|source| RepairError::Write { object: "a pack".to_owned(), source })?;
         Ok(Mender { repository, compressor, data: None, metadata: None, ledger: RunBuilder::default(), count: 0 })
     }
