@@ -127,3 +127,21 @@ fn a_damaged_manifest_nobody_noticed_is_not_built_upon() {
         assert_eq!(restored(&open_repository(&folder), point, "disk0"), disk);
     }
 }
+
+#[test]
+fn damage_counts_once_when_several_runs_name_the_pack() {
+    let (folder, mut disk, point, [pack, _]) = made();
+    disk[..64 << 10].reverse();
+    back_up(&open_repository(&folder), &disk, Some(&point)).expect("backs up");
+    flip(&folder, Object::Pack(pack));
+    let report = verify(&open_repository(&folder), true);
+    assert_eq!(report.damaged.len(), 1, "{report:?}");
+    let runs = |folder| sim_storage(folder).list(ObjectKind::IndexRun).expect("lists").len();
+    let before = runs(&folder);
+    // A read that fails has the index look at all packs again, which leaves a run that says the same.
+    let opened = open_repository(&folder).open_disk(&point, "disk0").expect("opens");
+    assert!(crate::Base::read(&*opened, 0, 1 << 20, &mut Vec::new()).is_err());
+    assert!(runs(&folder) > before, "no run was made anew");
+    let again = verify(&open_repository(&folder), true);
+    assert_eq!(again.damaged, report.damaged);
+}

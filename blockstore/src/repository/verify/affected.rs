@@ -91,7 +91,8 @@ impl Place<'_, '_> {
             let affected = Affected { point, machine, disk: disk.clone(), ranges: Vec::new() };
             let affected = finding.affected.entry((point, disk)).or_insert(affected);
             match affected.ranges.last_mut() {
-                Some(last) if last.end == start => last.end = end,
+                // A pack may be to blame in several places.
+                Some(last) if (last.start..=last.end).contains(&start) => last.end = last.end.max(end),
                 _ => affected.ranges.push(start..end),
             }
         }

@@ -232,5 +232,8 @@ fn indexed(fetcher: &Fetcher, pack: PackId) -> Option<(PackRow, Vec<Entry>)> {
             }
         }
     }
+    // Several runs may name a pack, after a rebuild; a frame is opened where it stands, and only once.
+    entries.sort_unstable_by_key(|entry| (entry.offset, entry.id));
+    entries.dedup_by_key(|entry| (entry.offset, entry.id));
     row.map(|row| (row, entries))
 }
