@@ -62,7 +62,8 @@ pub fn read_passphrase(path: &Path) -> Result<String, Problem> {
         .map_err(|_| Problem::usage(format!("passphrase file {} is not text", path.display())))?;
     match text.lines().next() {
         Some(line) if !line.is_empty() => Ok(line.to_owned()),
-        _ => Err(Problem::usage(format!("passphrase file {} is empty", path.display()))),
+        _ => Err(Problem::usage(format!("passphrase file {} is empty", path.display()))
+            .hint("its first line is the passphrase")),
     }
 }
 
@@ -80,7 +81,7 @@ pub fn read_small(path: &Path, what: &str) -> Result<Vec<u8>, Problem> {
     };
     read().map_err(|error| {
         Problem::failed(format!("cannot read {what} {}", path.display()), &error)
-            .hint("without it the repository cannot be opened; check the path")
+            .hint("check the path and who may read it")
     })
 }
 

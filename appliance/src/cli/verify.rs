@@ -73,7 +73,11 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
     }
     if result.ok {
         if !global.json {
-            render::line(if result.keyless { "no damage found" } else { "all is whole" });
+            render::line(match (result.keyless, args.read_data.is_some()) {
+                (false, _) => "all is whole",
+                (true, true) => "no damage found",
+                (true, false) => "no damage found; the data was not read, `--read-data` does",
+            });
         }
         return Ok(());
     }
