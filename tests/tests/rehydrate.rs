@@ -93,6 +93,7 @@ fn writes_of_any_client_before_during_and_after_the_move_are_all_on_production_s
     let client = BlockingClient::connect(&uri.parse().unwrap(), &ClientOptions::default()).unwrap();
     let stop = AtomicBool::new(false);
     let written = std::thread::scope(|scope| {
+        let stopped = Stop(&stop);
         let writer = scope.spawn(|| {
             let (mut written, mut round) = (Vec::new(), 0u64);
             while !stop.load(Ordering::Relaxed) {
@@ -118,7 +119,7 @@ fn writes_of_any_client_before_during_and_after_the_move_are_all_on_production_s
         assert_eq!(state(&sandbox, "vm"), "ready-for-cutover");
         sandbox.ok(&["cutover", "vm"]);
         std::thread::sleep(std::time::Duration::from_millis(300));
-        stop.store(true, Ordering::Relaxed);
+        drop(stopped);
         writer.join().unwrap()
     });
     client.flush().unwrap();
@@ -198,6 +199,15 @@ fn a_cancelled_move_leaves_the_recovery_on_its_overlay_and_no_file() {
     sandbox.ok(&["cutover", "vm"]);
     assert!(fs::read(sandbox.path("there.raw")).unwrap() == disk);
     sandbox.ok(&["discard", "vm"]);
+}
+
+/// Lets the writer end when dropped, also by a failing test.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Unmounts when dropped, also by a failing test.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use blockstore::base::Segment;
 use blockstore::overlay::OverlayError;
@@ -42,6 +43,8 @@ pub struct Move {
     pub checkpoint: PathBuf,
     /// Bytes copied since the process began to copy.
     pub copied: AtomicU64,
+    /// Nanoseconds that the threads spent on that, without what the pace had them wait.
+    pub busy: AtomicU64,
     /// Comparisons that failed since the last that did not.
     pub differences: AtomicU64,
 }
@@ -109,6 +112,13 @@ impl Move {
     pub fn hydrated(&self) -> u64 {
         let regions = &self.regions;
         ((regions.total() - regions.open()) * REGION).min(self.size)
+    }
+
+    /// How long what is open would take to copy without a limit, by what was measured so far on one thread.
+    pub fn time_left(&self) -> Duration {
+        let copied = self.copied.load(Ordering::Relaxed).max(1);
+        let nanos = u128::from(self.busy.load(Ordering::Relaxed)) * u128::from(self.regions.open() * REGION);
+        Duration::from_nanos(u64::try_from(nanos / u128::from(copied)).unwrap_or(u64::MAX))
     }
 
     /// Goes once over the regions of a kind with several threads, until none is left, one fails, or `stop`.
@@ -199,6 +209,7 @@ impl Move {
     }
 
     fn copy(&self, first: u64, count: u64) -> Result<(), CopyError> {
+        let began = Instant::now();
         let (mut offset, length) = self.range(first, count);
         for segment in self.read(offset, length)? {
             let write = self.target_failed("write", offset);
@@ -218,6 +229,7 @@ impl Move {
         }
         (first..first + count).for_each(|region| self.regions.copied(region));
         self.copied.fetch_add(length, Ordering::Relaxed);
+        self.busy.fetch_add(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         Ok(())
     }
 
@@ -255,8 +267,10 @@ impl Move {
             self.differences.store(0, Ordering::Relaxed);
             return Ok(());
         }
-        // Mostly the guest wrote while we compared. Of a run that differs all is copied again.
-        let times = self.differences.fetch_add(1, Ordering::Relaxed) + 1;
+        // Of a run that differs all is copied again. Mostly the guest wrote while we compared, which says nothing of the
+        // target; a write that is in the overlay and not marked yet is rare, and is forgiven a few times.
+        let written = (first..first + count).any(|region| self.regions.is_open(region));
+        let times = self.differences.fetch_add(u64::from(!written), Ordering::Relaxed) + u64::from(!written);
         let found = offset + differs.first().map_or(0, |at| *at as u64);
         if times > DIFFERENCES {
             self.differences.store(0, Ordering::Relaxed);

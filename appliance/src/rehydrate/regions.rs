@@ -212,6 +212,11 @@ impl Regions {
         self.open.count()
     }
 
+    /// Whether a region is open.
+    pub fn is_open(&self, region: u64) -> bool {
+        self.open.contains(region)
+    }
+
     /// Number of regions that are open or not proven.
     pub fn unproven(&self) -> u64 {
         self.unproven.count()
