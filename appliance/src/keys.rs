@@ -3,9 +3,10 @@
 use std::fmt;
 
 use blockstore::{KeySlot, Repository, Secret, SlotId, SlotKind, SlotState};
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Local, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::spec::short_id;
 use crate::problem::Problem;
 
 /// Shortest beginning of a slot's id that is taken for one.
@@ -95,9 +96,19 @@ pub fn list(repository: &Repository) -> Result<Vec<KeyView>, Problem> {
     Ok(slots(repository)?.iter().map(view).collect())
 }
 
+/// Refuses the label of another slot for a new one: `key remove LABEL` could not tell them apart.
+pub fn check_label<'a>(slots: impl IntoIterator<Item = &'a KeyView>, label: &str) -> Result<(), Problem> {
+    let mut named = slots.into_iter().filter(|slot| !label.is_empty() && slot.label == label);
+    match named.next() {
+        None => Ok(()),
+        Some(slot) => Err(Problem::refused(format!("key slot {} is called `{label}` already", slot.slot))
+            .hint("give another --label, or remove that slot first with `lifeboat key remove`")),
+    }
+}
+
 /// Lets another secret open the repository.
 pub fn add(repository: &Repository, request: &NewKeyRequest) -> Result<KeyChange, Problem> {
-    slots(repository)?;
+    check_label(&list(repository)?, &request.label)?;
     let added = repository
         .add_key(&request.secret.secret()?, &request.label)
         .map_err(|error| Problem::from_keys("cannot add a key", &error))?;
@@ -115,9 +126,9 @@ pub fn remove(repository: &Repository, name: &str) -> Result<KeyChange, Problem>
     Ok(KeyChange { removed_in_use: slot.in_use, ..removed })
 }
 
-/// Puts a secret in the place of the one in use.
+/// Puts a secret in the place of the one in use, whose label it may take over.
 pub fn rotate(repository: &Repository, request: &NewKeyRequest) -> Result<KeyChange, Problem> {
-    slots(repository)?;
+    check_label(list(repository)?.iter().filter(|slot| !slot.in_use), &request.label)?;
     let rotated = repository
         .rotate_key(&request.secret.secret()?, &request.label)
         .map_err(|error| Problem::from_keys("cannot rotate the key", &error))?;
@@ -177,9 +188,22 @@ fn find<'a>(slots: &'a [KeySlot], name: &str) -> Result<&'a KeySlot, Problem> {
         [slot] => Ok(slot),
         [] => Err(Problem::not_found(format!("no key slot is called `{name}`"))
             .hint(format!("`lifeboat key list` lists them; give a label, or at least {PREFIX_MIN} digits of an id"))),
-        many => Err(Problem::usage(format!("`{name}` is ambiguous: {} key slots are called so", many.len()))
-            .hint("give more digits of the id")),
+        many => {
+            let told: Vec<String> = many.iter().map(|slot| told(slot)).collect();
+            Err(Problem::usage(format!("`{name}` is ambiguous: {} key slots are called so", many.len()))
+                .hint(format!("give the beginning of the id of one of them: {}", told.join(", "))))
+        }
     }
+}
+
+/// A slot for a person who has to choose.
+fn told(slot: &KeySlot) -> String {
+    let KeyView { slot, kind, created, damaged, .. } = view(slot);
+    let kind = if damaged.is_some() { "damaged".to_owned() } else { kind.unwrap_or_default() };
+    let made = created
+        .map(|time| format!(" of {}", time.with_timezone(&Local).format("%Y-%m-%d %H:%M:%S")))
+        .unwrap_or_default();
+    format!("{} ({kind}{made})", short_id(&slot))
 }
 
 #[cfg(test)]
@@ -200,6 +224,8 @@ mod tests {
         assert_eq!(found("ABAB"), Ok(0xab));
         assert_eq!(found("11111111"), Ok(0x11));
         assert_eq!(found("spare"), Err(Kind::Usage));
+        let hint = find(&slots, "spare").unwrap_err().to_string();
+        assert!(hint.contains("abababababab (passphrase of ") && hint.contains("acacacacacac ("), "{hint}");
         assert_eq!(found("aba"), Err(Kind::NotFound));
         assert_eq!(found(""), Err(Kind::NotFound));
         assert_eq!(found("ffff"), Err(Kind::NotFound));

@@ -370,7 +370,17 @@ fn points_that_are_unknown_or_ambiguous_are_told_apart() {
     let ids: Vec<&str> = points.as_array().unwrap().iter().map(|point| point["id"].as_str().unwrap()).collect();
     let first = |digit: char| ids.iter().filter(|id| id.starts_with(digit)).count();
     let digit = ('0'..='9').chain('a'..='f').find(|digit| first(*digit) > 1).unwrap();
-    assert!(sandbox.fails(2, &["show", &digit.to_string()]).contains("ambiguous"));
+    let complaint = sandbox.fails(2, &["show", &digit.to_string()]);
+    let listed = ids.iter().filter(|id| complaint.contains(&id[..12])).count();
+    assert!(complaint.contains("ambiguous") && complaint.contains("tell them apart"), "{complaint}");
+    assert_eq!(listed, first(digit).min(5), "{complaint}");
+    // Among 21 ids, hardly ever two begin with the same three digits.
+    let complaint = sandbox.fails(2, &["show", &ids[0][..3]]);
+    assert!(complaint.contains("at least 4 characters") || complaint.contains("tell them apart"), "{complaint}");
+    assert!(sandbox.fails(2, &["show", "web01~"]).contains("`web01~1` is the recovery point before the newest"));
+    for unreadable in ["web01@", "web01@noon", "web01@2026-13-01"] {
+        assert!(sandbox.fails(2, &["show", unreadable]).contains("write 2026-11-21"), "{unreadable}");
+    }
     assert_eq!(sandbox.json(&["show", &ids[3][..16]])["id"], ids[3]);
     assert!(sandbox.fails(4, &["export", "web01", "--disk", "sdz", "--listen", "tcp:127.0.0.1:0"]).contains("disk0"));
 }

@@ -84,6 +84,12 @@ fn passphrases_and_key_files_come_and_go_and_the_last_one_stays() {
     assert_eq!(listed.iter().filter(|slot| slot["kind"] == "key-file" && slot["label"] == "spare").count(), 1);
 
     assert!(sandbox.fails(5, &["key", "add", "--new-key-file", &key]).contains("already"));
+    let another = sandbox.name("another.key");
+    for command in ["add", "rotate"] {
+        let complaint = sandbox.fails(5, &["key", command, "--new-key-file", &another, "--label", "spare"]);
+        assert!(complaint.contains("called `spare` already") && complaint.contains("another --label"), "{complaint}");
+    }
+    assert!(!sandbox.path("another.key").exists(), "what is refused makes no key file");
     sandbox.ok(&["key", "remove", "spare"]);
     assert!(!opens(with_key_file(&sandbox, &key, &["points"])));
     assert_eq!(fs::metadata(&key).unwrap().len(), 64, "a key file is the user's");
@@ -108,6 +114,12 @@ fn a_rotation_takes_the_old_passphrases_place() {
     let (status, change) = json(command);
     assert_eq!((status, &change["left"], &change["removed_in_use"]), (Some(0), &1.into(), &true.into()));
     assert!(!opens(with_passphrase(&sandbox, "correct horse", &["points"])));
+    let mut again = with_passphrase(&sandbox, "next year's", &["key", "rotate", "--label", "2027"]);
+    let said = String::from_utf8(again.env("LIFEBOAT_NEW_PASSPHRASE", "and later's").output().unwrap().stdout).unwrap();
+    let order = ["added key slot", "removed key slot", "1 key slot can open"].map(|line| said.find(line));
+    assert!(order.is_sorted() && order.iter().all(Option::is_some), "{said}");
+    let mut back = with_passphrase(&sandbox, "and later's", &["key", "rotate"]);
+    assert!(back.env("LIFEBOAT_NEW_PASSPHRASE", "next year's").status().unwrap().success());
     assert!(opens(with_passphrase(&sandbox, "next year's", &["restore", "web01", "--to", &sandbox.name("out.raw")])));
     assert!(fs::read(sandbox.path("out.raw")).unwrap() == fs::read(sandbox.path("disk.raw")).unwrap());
 }
@@ -203,4 +215,24 @@ fn a_host_without_the_key_proves_what_is_stored_and_finds_damage() {
     assert!(sandbox.command_fails(5, refused).contains("LIFEBOAT_PASSPHRASE"));
     let (_, full) = json(sandbox.command(&["verify"]));
     assert_eq!(full["keyless"], false);
+
+    let point = sandbox.json(&["points"])[0]["id"].as_str().unwrap().to_owned();
+    sandbox.ok(&["protect", "web01"]);
+    sandbox.ok(&["verify"]);
+    flip(&files(sandbox.path("repo/protected"))[0], 20);
+    for (command, machine) in [
+        (without_key(&sandbox, &["verify"]), ""),
+        (sandbox.command(&["verify"]), " of web01"),
+        (sandbox.command(&["verify", "web01"]), " of web01"),
+    ] {
+        let (status, report) = json(command);
+        assert_eq!((status, &report["ok"]), (Some(3), &false.into()), "{report}");
+        let damaged = report["damaged"].as_array().unwrap();
+        assert_eq!(damaged.len(), 1, "{report}");
+        let object = damaged[0]["object"].as_str().unwrap();
+        assert!(object.starts_with("protection protected/") && object.contains(&point[..12]), "{report}");
+        assert!(damaged[0]["problem"].to_string().contains(&format!("point {point}{machine} stays protected")));
+    }
+    sandbox.ok(&["protect", "web01"]);
+    sandbox.ok(&["verify"]);
 }

@@ -131,6 +131,8 @@ fn what_makes_no_sense_is_refused_and_drops_nothing() {
     sandbox.fails(2, &["prune", "--keep-daily", "-1"]);
     sandbox.fails(2, &["prune", "--keep-daily", "99999999999"]);
     assert!(sandbox.fails(2, &["prune", "--keep-within", "5x"]).contains("14d"));
+    assert!(sandbox.fails(2, &["prune", "--keep-last", "1", "--keep-within", "0d"]).contains("keeps nothing"));
+    assert!(sandbox.ok(&["prune", "--keep-within", "2w", "--dry-run"]).contains("within 2w"));
     sandbox.fails(2, &["prune", "--keep-label", "novalue"]);
     sandbox.fails(2, &["prune", "--keep-last", "1", "--label", "a=1", "--label", "a=2"]);
     assert!(sandbox.fails(4, &["prune", "--keep-last", "1", "--machine", "nobody"]).contains("nobody"));

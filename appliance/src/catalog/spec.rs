@@ -7,6 +7,8 @@ use crate::problem::Problem;
 
 /// Shortest id prefix that is taken for one.
 pub const PREFIX_MIN: usize = 4;
+/// So many of the points that an ambiguous name may mean are named.
+const NAMED_MAX: usize = 5;
 
 /// Finds the point that `spec` names among `points`, which are sorted oldest first.
 pub fn resolve<'a>(points: &'a [PointSummary], spec: &str) -> Result<&'a PointSummary, Problem> {
@@ -33,8 +35,13 @@ pub fn resolve<'a>(points: &'a [PointSummary], spec: &str) -> Result<&'a PointSu
 }
 
 fn nth_newest<'a>(points: &[&'a PointSummary], machine: &str, back: &str) -> Result<&'a PointSummary, Problem> {
-    let back: usize =
-        back.parse().map_err(|_| Problem::usage(format!("`{back}` in `{machine}~{back}` is not a number")))?;
+    let back: usize = back.parse().map_err(|_| {
+        let wrong = match back {
+            "" => format!("`{machine}~` lacks a number"),
+            _ => format!("`{back}` in `{machine}~{back}` is not a number"),
+        };
+        Problem::usage(wrong).hint(format!("`{machine}~1` is the recovery point before the newest of {machine}"))
+    })?;
     points.len().checked_sub(1).and_then(|last| last.checked_sub(back)).map(|at| points[at]).ok_or_else(|| {
         Problem::not_found(format!("machine {machine} has no recovery point {back} before its newest"))
             .hint(format!("it has {}; `lifeboat points {machine}` lists them", points.len()))
@@ -43,7 +50,11 @@ fn nth_newest<'a>(points: &[&'a PointSummary], machine: &str, back: &str) -> Res
 
 fn at_time<'a>(points: &[&'a PointSummary], machine: &str, time: &str) -> Result<&'a PointSummary, Problem> {
     let at = parse_time(time).ok_or_else(|| {
-        Problem::usage(format!("`{time}` in `{machine}@{time}` is not a time"))
+        let wrong = match time {
+            "" => format!("`{machine}@` lacks a time"),
+            _ => format!("`{time}` in `{machine}@{time}` is not a time"),
+        };
+        Problem::usage(wrong)
             .hint("write 2026-11-21, 2026-11-21T03:00 or 2026-11-21T03:00:00Z; without a zone it is local time")
     })?;
     points.iter().rev().find(|point| point.time <= at).copied().ok_or_else(|| {
@@ -66,16 +77,32 @@ fn by_prefix<'a>(points: &'a [PointSummary], spec: &str) -> Result<&'a PointSumm
         [] => Err(not_found()),
         [_] if prefix.len() < PREFIX_MIN => {
             Err(Problem::usage(format!("`{spec}` is too short for the id of a recovery point"))
-                .hint(format!("give at least {PREFIX_MIN} characters of it")))
+                .hint(format!("give at least {PREFIX_MIN} characters of it, as in {}", short_id(&found[0].id))))
         }
         [point] => Ok(point),
         many => {
-            let ids: Vec<String> =
-                many.iter().take(5).map(|point| format!("{} ({})", short_id(&point.id), point.machine)).collect();
+            let mut ids: Vec<String> = many
+                .iter()
+                .rev()
+                .take(NAMED_MAX)
+                .map(|point| format!("{} ({})", short_id(&point.id), point.machine))
+                .collect();
+            if many.len() > NAMED_MAX {
+                ids.push(format!("{} older ones", many.len() - NAMED_MAX));
+            }
+            let enough = telling_apart(many).max(PREFIX_MIN);
             Err(Problem::usage(format!("`{spec}` is ambiguous: {} recovery points begin with it", many.len()))
-                .hint(format!("give more characters of the id: {}", ids.join(", "))))
+                .hint(format!("{enough} characters of an id tell them apart: {}", ids.join(", "))))
         }
     }
+}
+
+/// How many first characters no two of these points share.
+fn telling_apart(points: &[&PointSummary]) -> usize {
+    let mut ids: Vec<&str> = points.iter().map(|point| point.id.as_str()).collect();
+    ids.sort_unstable();
+    let shared = |a: &str, b: &str| a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    ids.iter().zip(ids.iter().skip(1)).map(|(a, b)| shared(a, b) + 1).max().unwrap_or(0)
 }
 
 /// The first characters of an id, enough for a person.
@@ -155,6 +182,8 @@ mod tests {
         assert_eq!(kind("abcd"), Kind::Usage);
         assert_eq!(kind("ef"), Kind::Usage);
         assert_eq!(kind(""), Kind::Usage);
-        assert!(resolve(&points, "abcd").unwrap_err().to_string().contains("abcd1111 (web01)"));
+        let told = |spec| resolve(&points, spec).unwrap_err().to_string();
+        assert!(told("abcd").contains("5 characters of an id tell them apart: abcd2222 (db), abcd1111 (web01)"));
+        assert!(told("ef").contains("at least 4 characters of it, as in ef005555"));
     }
 }

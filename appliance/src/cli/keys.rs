@@ -9,14 +9,20 @@ use super::client::{Client, segment};
 use super::connect::{Door, NOTHING};
 use super::render;
 use crate::app::{make_key_file, read_passphrase, read_small};
-use crate::keys::{KeyChange, KeyView, NewKeyRequest, NewSecret};
+use crate::keys::{KeyChange, KeyView, NewKeyRequest, NewSecret, check_label};
 use crate::problem::Problem;
 
 pub async fn run(door: &Door, global: &Global, command: &Key) -> Result<(), Problem> {
     match command {
         Key::List => list(door, global).await,
-        Key::Add(args) => new(door, global, args, "/api/v1/keys").await,
-        Key::Rotate(args) => new(door, global, args, "/api/v1/keys/rotate").await,
+        Key::Add(args) => {
+            check(&slots(door).await?, args)?;
+            new(door, global, args, "/api/v1/keys").await
+        }
+        Key::Rotate(args) => {
+            check(slots(door).await?.iter().filter(|slot| !slot.in_use), args)?;
+            new(door, global, args, "/api/v1/keys/rotate").await
+        }
         Key::Remove(args) => remove(door, global, args).await,
     }
 }
@@ -49,9 +55,13 @@ async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
     Ok(())
 }
 
+/// Whatever refuses a key refuses before a key file is made.
+fn check<'a>(slots: impl IntoIterator<Item = &'a KeyView>, args: &NewKey) -> Result<(), Problem> {
+    check_label(slots, args.label.as_deref().unwrap_or_default())
+}
+
 /// `add` and `rotate`.
 async fn new(door: &Door, global: &Global, args: &NewKey, path: &str) -> Result<(), Problem> {
-    slots(door).await?; // whatever refuses keys refuses before a key file is made
     let secret = new_secret(args)?;
     let request = NewKeyRequest { secret, label: args.label.clone().unwrap_or_default() };
     let change: KeyChange = door.client.call(Method::POST, path, Some(&request)).await?;
@@ -66,29 +76,32 @@ async fn remove(door: &Door, global: &Global, args: &RemoveKey) -> Result<(), Pr
     Ok(())
 }
 
+/// What was done, then what follows from it.
 fn tell(door: &Door, global: &Global, change: &KeyChange) {
-    if change.removed_in_use {
-        render::note(
-            "the removed key is the one in use: it opens the repository no longer, give the other one from now on",
-        );
-        if let Client::Socket { .. } = door.client {
-            render::note(&format!(
-                "process {}, which serves the state folder, goes on with what it has; it needs the other one when it starts again",
-                change.pid
-            ));
-        }
-    }
     if global.json {
         render::json(change);
+    } else {
+        if let Some(slot) = &change.added {
+            render::line(&format!("added key slot {slot}"));
+        }
+        if let Some(slot) = &change.removed {
+            render::line(&format!("removed key slot {slot}"));
+        }
+        render::line(&format!("{} can open the repository", render::count(change.left as u64, "key slot")));
+    }
+    if !change.removed_in_use {
         return;
     }
-    if let Some(slot) = &change.added {
-        render::line(&format!("added key slot {slot}"));
+    let other = if change.added.is_some() { "the new one" } else { "another one" };
+    render::note(&format!(
+        "the removed key is the one in use: it opens the repository no longer, give {other} from now on"
+    ));
+    if let Client::Socket { .. } = door.client {
+        render::note(&format!(
+            "process {}, which serves the state folder, goes on with what it has; it needs {other} when it starts again",
+            change.pid
+        ));
     }
-    if let Some(slot) = &change.removed {
-        render::line(&format!("removed key slot {slot}"));
-    }
-    render::line(&format!("{} can open the repository", render::count(change.left as u64, "key slot")));
 }
 
 /// From `--new-passphrase-file`, `--new-key-file` or the environment. A key file that does not exist is made first: a

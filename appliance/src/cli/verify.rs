@@ -88,7 +88,7 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
     .hint(if args.repair {
         "give a --copy of the repository or a --source image that still has it; what is not named still restores"
     } else {
-        "`verify --repair` stores it anew where it can be had; so does a backup that meets it; what is not named still restores"
+        "`verify --repair` stores data anew where it can be had; so does a backup that meets it; what is not named still restores"
     })
     .handled(Handling::AnswerTold))
 }

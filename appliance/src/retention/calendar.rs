@@ -58,8 +58,8 @@ impl fmt::Display for Period {
 pub fn before<Z: TimeZone>(time: DateTime<Utc>, span: Span, zone: &Z) -> DateTime<Utc> {
     let local = time.with_timezone(zone).naive_local();
     let day = local
-        .checked_sub_months(Months::new(span.months))
-        .and_then(|local| local.checked_sub_signed(TimeDelta::days(i64::from(span.days))));
+        .checked_sub_months(Months::new(span.years.saturating_mul(12).saturating_add(span.months)))
+        .and_then(|local| local.checked_sub_signed(TimeDelta::days(i64::from(span.weeks) * 7 + i64::from(span.days))));
     let begin = match day {
         Some(day) if day == local => time,
         Some(day) => resolve(day, zone),

@@ -38,8 +38,12 @@ impl Rules {
         counts.iter().all(|count| *count == 0) && self.within.is_none() && self.labels.is_empty()
     }
 
-    /// Refuses counts that can only be mistakes.
+    /// Refuses what can only be a mistake.
     pub fn check(&self) -> Result<(), Problem> {
+        if self.within == Some(Span::default()) {
+            return Err(Problem::usage("--keep-within a length of no time keeps nothing")
+                .hint("write 14d, 6h, 2w, 3m (months), 1y or 1y6m, or leave it out"));
+        }
         let counts = [self.last, self.hourly, self.daily, self.weekly, self.monthly, self.yearly];
         match counts.iter().find(|count| **count > COUNT_MAX) {
             Some(count) => Err(Problem::usage(format!("{count} points are more than can be counted"))
@@ -49,12 +53,17 @@ impl Rules {
     }
 }
 
-/// A length of time by the calendar: `1y6m`, `2w`, `14d`, `36h`.
+/// A length of time by the calendar, in the units it was given in: `1y6m`, `2w`, `14d`, `36h`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Span {
-    /// Months; a year is twelve.
+    /// Years.
+    pub years: u32,
+    /// Months.
     pub months: u32,
-    /// Days, which may have 23 or 25 hours; a week is seven.
+    /// Weeks.
+    pub weeks: u32,
+    /// Days, which may have 23 or 25 hours.
     pub days: u32,
     /// Hours.
     pub hours: u32,
@@ -74,18 +83,18 @@ impl Span {
             let (number, tail) = rest.split_at(digits);
             let number: u32 = number.parse().ok().filter(|number| *number <= 100_000).ok_or_else(bad)?;
             let mut tail = tail.chars();
-            let (place, of, factor) = match tail.next() {
-                Some('y') => (1, &mut span.months, 12),
-                Some('m') => (2, &mut span.months, 1),
-                Some('w') => (3, &mut span.days, 7),
-                Some('d') => (4, &mut span.days, 1),
-                Some('h') => (5, &mut span.hours, 1),
+            let (place, of) = match tail.next() {
+                Some('y') => (1, &mut span.years),
+                Some('m') => (2, &mut span.months),
+                Some('w') => (3, &mut span.weeks),
+                Some('d') => (4, &mut span.days),
+                Some('h') => (5, &mut span.hours),
                 _ => return Err(bad()),
             };
             if place <= least {
                 return Err(bad());
             }
-            *of += number * factor; // at most 100,000 times 12, and once for each unit
+            *of = number;
             (least, rest) = (place, tail.as_str());
         }
         Ok(span)
@@ -94,7 +103,7 @@ impl Span {
 
 impl std::fmt::Display for Span {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let parts = [(self.months / 12, "y"), (self.months % 12, "m"), (self.days, "d"), (self.hours, "h")];
+        let parts = [(self.years, "y"), (self.months, "m"), (self.weeks, "w"), (self.days, "d"), (self.hours, "h")];
         let mut written = false;
         for (number, unit) in parts.into_iter().filter(|(number, _)| *number > 0) {
             write!(out, "{number}{unit}")?;
@@ -130,21 +139,21 @@ mod tests {
 
     #[test]
     fn lengths_of_time_are_read_as_people_write_them() {
-        let span = |months, days, hours| Ok(Span { months, days, hours });
+        let span = |years, months, weeks, days, hours| Ok(Span { years, months, weeks, days, hours });
         for (text, expected) in [
-            ("14d", span(0, 14, 0)),
-            ("6h", span(0, 0, 6)),
-            ("2m", span(2, 0, 0)),
-            ("1y", span(12, 0, 0)),
-            ("1y6m2w3d4h", span(18, 17, 4)),
-            (" 2w ", span(0, 14, 0)),
+            ("14d", span(0, 0, 0, 14, 0)),
+            ("36h", span(0, 0, 0, 0, 36)),
+            ("18m", span(0, 18, 0, 0, 0)),
+            ("1y", span(1, 0, 0, 0, 0)),
+            ("1y6m2w3d4h", span(1, 6, 2, 3, 4)),
+            (" 2w ", span(0, 0, 2, 0, 0)),
         ] {
             assert_eq!(Span::parse(text), expected, "{text}");
+            assert_eq!(expected.map(|span| span.to_string()).as_deref(), Ok(text.trim()));
         }
         for text in ["", "14", "d", "-1d", "1d2d", "1d1y", "1.5d", "1s", "999999d", "1 d", "١d"] {
             assert!(Span::parse(text).is_err(), "{text}");
         }
-        assert_eq!(Span::parse("18m9d").expect("valid").to_string(), "1y6m9d");
         assert_eq!(Span::default().to_string(), "0h");
     }
 

@@ -24,7 +24,7 @@ use crate::index::build::describe_pack;
 use crate::index::read_table;
 use crate::index::run::{Location, Run};
 use crate::progress::Progress;
-use crate::repository::{Damage, OpenError, Protected, VerifyError, read_protection, read_slot};
+use crate::repository::{Damage, OpenError, Protected, VerifyError, damaged_protection, read_protection, read_slot};
 use crate::storage::{Object, ObjectKind};
 
 /// How often a listing that changes under our eyes is taken again.
@@ -203,7 +203,9 @@ impl Verifier<'_> {
         for object in self.list(ObjectKind::Protection, "protections")? {
             let Object::Protection(point) = object else { continue };
             match read_protection(&*self.keyless.storage, self.keyless.config.repository, point) {
-                Ok(Some(Protected::Damaged(problem))) => self.note(object, problem),
+                Ok(Some(Protected::Damaged(problem))) => {
+                    self.note(object, damaged_protection(&point.to_string(), &problem));
+                }
                 Ok(_) => {}
                 Err(error) => self.note(object, format!("it cannot be read: {}", chain(&error))),
             }

@@ -2,7 +2,7 @@
 //! nobody who forgets gets past it. Specification: docs/format/protection.md
 
 use std::collections::HashMap;
-use std::io;
+use std::{fmt, io};
 
 use tracing::info;
 
@@ -219,6 +219,14 @@ pub(crate) fn read_protection(
         Ok(StoredProtection { until_unix_s: Some(until), .. }) => Protected::Until(until),
         Err(error) => Protected::Damaged(error),
     }))
+}
+
+/// What is said of a damaged protection, and what is to be done about it.
+pub(crate) fn damaged_protection(point: &str, problem: &dyn fmt::Display) -> String {
+    format!(
+        "{problem}; recovery point {point} stays protected until `lifeboat protect` makes it anew or \
+         `lifeboat unprotect` takes it away"
+    )
 }
 
 fn busy(error: io::Error) -> PointError {

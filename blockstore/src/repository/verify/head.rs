@@ -8,6 +8,7 @@ use crate::format::FormatError;
 use crate::id::RunId;
 use crate::index::SetAside;
 use crate::repository::open::{OpenError, read_config, read_slot};
+use crate::repository::protect::{PointError, Protected, damaged_protection, read_protection};
 use crate::storage::{Object, ObjectKind};
 
 impl Verifier<'_> {
@@ -89,6 +90,29 @@ impl Verifier<'_> {
             }
         }
         self.points.sort_by_key(|point| point.time_unix_ns);
+        Ok(())
+    }
+
+    /// The protections of the points that are verified, and where that is all of them, of points that are gone.
+    pub(super) fn check_protections(&mut self) -> Result<(), VerifyError> {
+        let (repository, only) = (self.repository, self.options.point);
+        let listed = repository.storage().list(ObjectKind::Protection);
+        let listed = listed.map_err(|source| ReadError::Io { object: "protections".to_owned(), source })?;
+        for listed in listed {
+            let Object::Protection(point) = listed.object else { continue };
+            if only.is_some_and(|only| only != point) {
+                continue;
+            }
+            let problem = match read_protection(repository.storage(), repository.id(), point) {
+                Ok(Some(Protected::Damaged(problem))) => problem.to_string(),
+                Ok(_) => continue,
+                Err(PointError::Io { source, .. }) => cannot_be_read(&source),
+                Err(error) => error.to_string(),
+            };
+            let machine = self.points.iter().find(|known| known.id == point).map(|known| known.machine.as_str());
+            let machine = machine.map(|machine| format!(" of {machine}")).unwrap_or_default();
+            self.note(listed.object, damaged_protection(&format!("{point}{machine}"), &problem));
+        }
         Ok(())
     }
 }

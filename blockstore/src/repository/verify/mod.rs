@@ -232,6 +232,7 @@ impl<'a> Verifier<'a> {
         self.check_head()?;
         self.check_index()?;
         self.load_points()?;
+        self.check_protections()?;
         self.look()
     }
 
