@@ -128,9 +128,9 @@ pub enum Command {
     /// Boot a machine straight from a recovery point
     Recover(Recover),
     /// List running recoveries
-    Recoveries,
+    Recoveries(Recoveries),
     /// Show one recovery
-    Recovery(Name),
+    Recovery(Recovery),
     /// Start the VM of a recovery again, on all that it has written
     Start(Name),
     /// Copy a recovery's disks to production storage while its guest runs
@@ -531,6 +531,23 @@ pub struct Rehydrate {
     /// Give it up: the guest stays on its overlay, and files made for this are removed
     #[arg(long, conflicts_with = "to")]
     pub cancel: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Recoveries {
+    /// Follow them until interrupted: on a terminal in place, else a line for every change, with --json the whole list
+    #[arg(long)]
+    pub watch: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Recovery {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+    /// Follow it until interrupted or it is gone: on a terminal in place, else a line for every change
+    #[arg(long)]
+    pub watch: bool,
 }
 
 #[derive(Debug, Args)]

@@ -20,6 +20,7 @@ mod restore;
 mod retention;
 mod tls;
 mod verify;
+mod watch;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -153,7 +154,9 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Mount(args) => mount::run(door, global, args).await,
         Command::Cp(args) => cp::run(door, global, args).await,
         Command::Recover(args) => recover::run(door, global, args).await,
-        Command::Recoveries => recover::list(door, global).await,
+        Command::Recoveries(args) if args.watch => watch::all(door, global).await,
+        Command::Recoveries(_) => recover::list(door, global).await,
+        Command::Recovery(args) if args.watch => watch::one(door, global, &args.name).await,
         Command::Recovery(args) => recover::show(door, global, args).await,
         Command::Start(args) => recover::start(door, global, args).await,
         Command::Rehydrate(args) => rehydrate::run(door, global, args).await,

@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 use axum::http::Method;
 
-use super::args::{Global, Name, Recover};
+use super::args::{Global, Name, Recover, Recovery};
 use super::client::segment;
 use super::connect::{Door, NOTHING};
 use super::render;
 use crate::catalog::spec::short_id;
 use crate::problem::Problem;
-use crate::recovery::{DiskView, HypervisorKind, RecoverRequest, RecoveryView};
+use crate::recovery::{DiskView, HypervisorKind, RecoverRequest, RecoveryView, RehydrationView};
 use crate::signals::stop_signal;
 
 /// How often a new recovery is looked at for its first output.
@@ -61,13 +61,32 @@ pub async fn get(door: &Door, name: &str) -> Result<RecoveryView, Problem> {
 }
 
 pub fn describe(view: &RecoveryView) {
+    render::lines(&lines(view));
+}
+
+/// All that is known of a recovery, the most urgent first.
+pub fn lines(view: &RecoveryView) -> Vec<String> {
     let mut pairs = vec![
         ("recovery", view.name.clone()),
         ("state", view.state.to_string()),
         ("point", format!("{} of {}", short_id(&view.point), view.machine)),
     ];
+    pairs.extend(view.problem.clone().map(|problem| ("problem", problem)));
+    if let Some(moving) = &view.rehydration {
+        let done = view.disks.iter().map(|disk| disk.hydrated).sum();
+        pairs.push(("copied", render::share(done, view.disks.iter().map(|disk| disk.size).sum())));
+        let left = moving.seconds_left.map_or(String::new(), |left| format!(", about {} left", render::duration(left)));
+        let limit = moving.limit.map_or(String::new(), |limit| format!(" (at most {}/s)", render::bytes(limit)));
+        pairs.push(("rehydration", format!("{}, {}/s{limit}{left}", moving.phase, render::bytes(moving.rate))));
+        let latency =
+            moving.latency_us.map_or(String::new(), |us| format!(", its requests take {}", render::micros(us)));
+        pairs.push(("guest", format!("changes {}/s{latency}", render::bytes(moving.dirty_rate))));
+    }
+    let free = view.disks.iter().filter_map(|disk| disk.free).min();
+    let free = free.map_or(String::new(), |free| format!(", {} free", render::bytes(free)));
+    let written = view.disks.iter().map(|disk| disk.overlay).sum();
+    pairs.push(("overlay", format!("{}{free}", render::bytes(written))));
     let optional = [
-        ("problem", view.problem.clone()),
         ("vm", view.vm.clone()),
         ("accelerator", view.accelerator.clone()),
         ("pid", view.pid.map(|pid| pid.to_string())),
@@ -76,17 +95,6 @@ pub fn describe(view: &RecoveryView) {
         ("guest agent", view.guest_agent.clone()),
     ];
     pairs.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
-    if let Some(moving) = &view.rehydration {
-        let left = moving.seconds_left.map_or(String::new(), |seconds| format!(", {seconds} s"));
-        let text =
-            format!("{}, {}/s, {} left{left}", moving.phase, render::bytes(moving.rate), render::bytes(moving.left));
-        pairs.push(("rehydration", text));
-        let latency = moving.latency_us.map_or(String::new(), |us| format!(", requests take {us} us"));
-        pairs.push(("guest", format!("changes {}/s{latency}", render::bytes(moving.dirty_rate))));
-    }
-    if !view.next.is_empty() {
-        pairs.push(("next", view.next.join(" | ")));
-    }
     let timings = view.timings;
     let times = [
         ("time to export", timings.export_ms),
@@ -98,48 +106,62 @@ pub fn describe(view: &RecoveryView) {
     if let Some(pause) = timings.cutover_pause_ms {
         pairs.push(("held by cutover", format!("{pause} ms")));
     }
-    render::pairs(&pairs);
-    render::line("");
+    for (at, command) in next_commands(view).into_iter().enumerate() {
+        pairs.push((if at == 0 { "next" } else { "" }, command));
+    }
+    let mut lines = render::pair_lines(&pairs);
+    lines.push(String::new());
+    lines.extend(disk_lines(view));
+    lines.extend(served_lines(view));
+    if view.vm.as_deref() == Some("shut-off") {
+        let name = &view.name;
+        lines.push(String::new());
+        lines
+            .push(format!("its VM is off: `lifeboat start {name}` starts it again, `lifeboat discard {name}` ends it"));
+    }
+    lines
+}
+
+/// What can be done next, as it is typed.
+fn next_commands(view: &RecoveryView) -> Vec<String> {
+    let command = |step: &String| match step.split_once(' ') {
+        Some((verb, rest)) => format!("lifeboat {verb} {} {rest}", view.name),
+        None if step == "rehydrate" => format!("lifeboat rehydrate {} --to TARGET", view.name),
+        None => format!("lifeboat {step} {}", view.name),
+    };
+    view.next.iter().map(command).collect()
+}
+
+fn disk_lines(view: &RecoveryView) -> Vec<String> {
     let moves = view.disks.iter().any(|disk| disk.target.is_some());
     let row = |disk: &DiskView| {
         let mut row = vec![disk.name.clone(), render::bytes(disk.size), render::bytes(disk.overlay)];
         if moves {
-            row.push(format!("{} %", disk.hydrated * 100 / disk.size.max(1)));
+            row.push(format!("{} %", disk.hydrated.saturating_mul(100) / disk.size.max(1)));
             row.push(disk.target.clone().unwrap_or_else(|| "-".to_owned()));
         }
         row.push(disk.nbd_uri.clone().unwrap_or_else(|| "not served".to_owned()));
         row
     };
     let rows: Vec<Vec<String>> = view.disks.iter().map(row).collect();
-    match moves {
-        true => render::table(&["DISK", "SIZE", "WRITTEN", "COPIED", "TARGET", "NBD URI"], &rows, &[1, 2, 3]),
-        false => render::table(&["DISK", "SIZE", "WRITTEN", "NBD URI"], &rows, &[1, 2]),
-    }
+    let mut lines = match moves {
+        true => render::table_lines(&["DISK", "SIZE", "WRITTEN", "COPIED", "TARGET", "NBD URI"], &rows, &[1, 2, 3]),
+        false => render::table_lines(&["DISK", "SIZE", "WRITTEN", "NBD URI"], &rows, &[1, 2]),
+    };
     for disk in view.disks.iter().filter(|disk| disk.space_short) {
-        render::line("");
-        render::line(&format!(
+        lines.push(String::new());
+        lines.push(format!(
             "the overlay of {} has only {} left: make room, or the guest is stopped when it is full until there is some",
             disk.name,
             render::bytes(disk.free.unwrap_or(0))
         ));
     }
-    describe_served(view);
-    if view.vm.as_deref() == Some("shut-off") {
-        let name = &view.name;
-        render::line("");
-        render::line(&format!(
-            "its VM is off: `lifeboat start {name}` starts it again, `lifeboat discard {name}` ends it"
-        ));
-    }
+    lines
 }
 
 /// What the disks' clients have asked for.
-fn describe_served(view: &RecoveryView) {
-    let micros = |bound: Option<u64>| match bound {
-        None => "-".to_owned(),
-        Some(bound) if bound < 1000 => format!("{bound} us"),
-        Some(bound) => format!("{} ms", bound / 1000),
-    };
+fn served_lines(view: &RecoveryView) -> Vec<String> {
+    let micros = |bound: Option<u64>| bound.map_or("-".to_owned(), render::micros);
     let row = |disk: &DiskView| {
         let served = disk.served.as_ref().filter(|served| served.reads + served.writes + served.flushes > 0)?;
         let memory = (served.reads_from_memory * 100).checked_div(served.reads);
@@ -157,11 +179,13 @@ fn describe_served(view: &RecoveryView) {
         ])
     };
     let rows: Vec<Vec<String>> = view.disks.iter().filter_map(row).collect();
-    if !rows.is_empty() {
-        render::line("");
-        let head = ["DISK", "READS", "READ", "MEMORY", "P99 <", "WRITES", "P99 <", "FLUSHES", "P99 <", "ERRORS"];
-        render::table(&head, &rows, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    if rows.is_empty() {
+        return Vec::new();
     }
+    let head = ["DISK", "READS", "READ", "MEMORY", "P99 <", "WRITES", "P99 <", "FLUSHES", "P99 <", "ERRORS"];
+    let mut lines = vec![String::new()];
+    lines.extend(render::table_lines(&head, &rows, &[1, 2, 3, 4, 5, 6, 7, 8, 9]));
+    lines
 }
 
 pub async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
@@ -170,9 +194,14 @@ pub async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
         render::json(&views);
         return Ok(());
     }
+    render::lines(&list_lines(&views));
+    Ok(())
+}
+
+/// The recoveries as a table, and what is wrong with any.
+pub fn list_lines(views: &[RecoveryView]) -> Vec<String> {
     if views.is_empty() {
-        render::line("no recoveries; `lifeboat recover POINT` begins one");
-        return Ok(());
+        return vec!["no recoveries; `lifeboat recover POINT` begins one".to_owned()];
     }
     let row = |view: &RecoveryView| {
         vec![
@@ -182,19 +211,43 @@ pub async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
             view.machine.clone(),
             short_id(&view.point).to_owned(),
             view.pid.map_or("-".to_owned(), |pid| pid.to_string()),
+            view.rehydration.as_ref().map_or("-".to_owned(), |moving| progress(view, moving)),
         ]
     };
     let rows: Vec<Vec<String>> = views.iter().map(row).collect();
-    render::table(&["RECOVERY", "STATE", "VM", "MACHINE", "POINT", "PID"], &rows, &[]);
-    for view in &views {
-        if let Some(problem) = &view.problem {
-            render::line(&format!("{}: {problem}", view.name));
-        }
-    }
-    Ok(())
+    let mut lines = render::table_lines(&["RECOVERY", "STATE", "VM", "MACHINE", "POINT", "PID", "COPIED"], &rows, &[]);
+    let problem = |view: &RecoveryView| Some(format!("{}: {}", view.name, view.problem.as_ref()?));
+    lines.extend(views.iter().filter_map(problem));
+    lines
 }
 
-pub async fn show(door: &Door, global: &Global, args: &Name) -> Result<(), Problem> {
+/// How far the copying is, in a few words.
+fn progress(view: &RecoveryView, moving: &RehydrationView) -> String {
+    let size: u64 = view.disks.iter().map(|disk| disk.size).sum();
+    let done: u64 = view.disks.iter().map(|disk| disk.hydrated).sum();
+    let percent = u128::from(done) * 100 / u128::from(size.max(1));
+    let left = moving.seconds_left.map_or(String::new(), |left| format!(", {} left", render::duration(left)));
+    match moving.phase.as_str() {
+        "copying" => format!("{percent} %, {}/s{left}", render::bytes(moving.rate)),
+        phase => format!("{percent} %, {phase}"),
+    }
+}
+
+/// A recovery on one line.
+pub fn summary(view: &RecoveryView) -> String {
+    let mut parts = vec![format!("{} {}", view.name, view.state)];
+    parts.extend(view.vm.as_ref().map(|vm| format!("vm {vm}")));
+    if let Some(moving) = &view.rehydration {
+        parts.push(format!("copied {}", progress(view, moving)));
+        parts.push(format!("guest changes {}/s", render::bytes(moving.dirty_rate)));
+        parts.extend(moving.latency_us.map(|us| format!("its requests take {}", render::micros(us))));
+    }
+    parts.push(format!("overlay {}", render::bytes(view.disks.iter().map(|disk| disk.overlay).sum())));
+    parts.extend(view.problem.as_ref().map(|problem| problem.replace('\n', " ")));
+    parts.join("; ")
+}
+
+pub async fn show(door: &Door, global: &Global, args: &Recovery) -> Result<(), Problem> {
     let view = get(door, &args.name).await?;
     if global.json {
         render::json(&view);

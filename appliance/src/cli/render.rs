@@ -70,6 +70,11 @@ pub fn millis(millis: Option<u64>) -> String {
 
 /// Rows in columns as wide as they need to be. The columns named in `right` are set to the right.
 pub fn table(head: &[&str], rows: &[Vec<String>], right: &[usize]) {
+    lines(&table_lines(head, rows, right));
+}
+
+/// The same, as lines.
+pub fn table_lines(head: &[&str], rows: &[Vec<String>], right: &[usize]) -> Vec<String> {
     let mut widths: Vec<usize> = head.iter().map(|title| title.chars().count()).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -83,25 +88,70 @@ pub fn table(head: &[&str], rows: &[Vec<String>], right: &[usize]) {
             text.push_str(&cell);
             text.push_str("  ");
         }
-        line(text.trim_end());
+        text.trim_end().to_owned()
     };
-    set(head.to_vec());
-    for row in rows {
-        set(row.iter().map(String::as_str).collect());
-    }
+    let rows = rows.iter().map(|row| set(row.iter().map(String::as_str).collect()));
+    std::iter::once(set(head.to_vec())).chain(rows).collect()
 }
 
 /// Pairs of a name and a value, a line each.
 pub fn pairs(pairs: &[(&str, String)]) {
+    lines(&pair_lines(pairs));
+}
+
+/// The same, as lines.
+pub fn pair_lines(pairs: &[(&str, String)]) -> Vec<String> {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    for (name, value) in pairs {
-        line(&format!("{name:<width$}  {value}"));
+    pairs.iter().map(|(name, value)| format!("{name:<width$}  {value}").trim_end().to_owned()).collect()
+}
+
+/// Lines on standard output.
+pub fn lines(lines: &[String]) {
+    for text in lines {
+        line(text);
     }
+}
+
+/// Seconds as a person says them.
+pub fn duration(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+/// Microseconds in a unit that fits.
+#[expect(clippy::cast_precision_loss, reason = "one digit is shown")]
+pub fn micros(micros: u64) -> String {
+    match micros {
+        0..1000 => format!("{micros} us"),
+        1000..1_000_000 => format!("{:.1} ms", micros as f64 / 1e3),
+        _ => format!("{:.1} s", micros as f64 / 1e6),
+    }
+}
+
+/// How much of `total` is done, as a bar and a number.
+pub fn share(done: u64, total: u64) -> String {
+    const WIDTH: u64 = 24;
+    let part = |of: u64| u64::try_from(u128::from(done.min(total)) * u128::from(of) / u128::from(total.max(1)));
+    let (filled, percent) = (part(WIDTH).unwrap_or(WIDTH), part(100).unwrap_or(100));
+    let bar: String = (0..WIDTH).map(|at| if at < filled { '=' } else { ' ' }).collect();
+    format!("[{bar}] {percent} %, {} of {}", bytes(done), bytes(total))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_and_shares_are_shown_as_people_read_them() {
+        assert_eq!([7, 60, 3599, 3661].map(duration), ["7 s", "1 min 00 s", "59 min 59 s", "1 h 01 min"]);
+        assert_eq!([999, 1500, 2_500_000].map(micros), ["999 us", "1.5 ms", "2.5 s"]);
+        assert_eq!(share(1 << 20, 4 << 20), "[======                  ] 25 %, 1.00 MiB of 4.00 MiB");
+        assert!(share(0, 0).ends_with("0 %, 0 B of 0 B"));
+        assert!(share(u64::MAX, u64::MAX).contains("] 100 %"));
+    }
 
     #[test]
     fn bytes_are_shown_with_three_figures() {
