@@ -2,7 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
+use std::path::PathBuf;
 
+use chrono::DateTime;
 use lifeboat_tests::{Sandbox, assert_same_bytes, noise};
 
 const MIB: usize = 1 << 20;
@@ -31,7 +33,8 @@ fn what_nothing_needs_is_quarantined_then_freed_and_the_rest_restores() {
     let first = sandbox.json(&["collect", "--quarantine", "7d"]);
     assert_eq!((&first["condemned_packs"], &first["freed_packs"]), (&2.into(), &0.into()), "{first}");
     let batch = &first["quarantined"][0];
-    assert_eq!(batch["due"].as_u64().unwrap() - batch["created"].as_u64().unwrap(), 7 * 24 * 3600);
+    let time = |field: &str| DateTime::parse_from_rfc3339(batch[field].as_str().unwrap()).unwrap();
+    assert_eq!((time("due") - time("created")).num_days(), 7, "{batch}");
     assert_eq!(sandbox.json(&["collect"])["freed_packs"], 0);
     let said = sandbox.ok(&["collect", "--reclaim-now"]);
     assert!(said.contains("2 packs deleted, ") && said.contains("1 recovery point needs "), "{said}");
@@ -82,6 +85,7 @@ fn without_the_key_a_dry_run_tells_what_the_last_collect_knew() {
         (&told["keyless"], &told["packs"], &told["quarantined"][0]["packs"]),
         (&true.into(), &4.into(), &2.into())
     );
+    assert!(DateTime::parse_from_rfc3339(told["as_of"].as_str().unwrap()).is_ok(), "{told}");
     sandbox.command_fails(5, keyless(&["collect"]));
 }
 
@@ -101,4 +105,30 @@ fn what_makes_no_sense_is_refused_and_damage_frees_nothing() {
     assert!(sandbox.fails(3, &["collect", "--dry-run"]).contains("cannot be read"));
     fs::write(&point, &whole).unwrap();
     assert_eq!(sandbox.json(&["collect", "--reclaim-now"])["freed_packs"], 2);
+
+    let pack = largest_pack(&sandbox);
+    let whole = fs::read(&pack).unwrap();
+    let name = pack.file_name().unwrap().to_str().unwrap();
+    for (left, problem) in [(None, "it is missing"), (Some(100), "it has 100 bytes in the place of")] {
+        fs::remove_file(&pack).unwrap();
+        if let Some(left) = left {
+            fs::write(&pack, &whole[..left]).unwrap();
+        }
+        for args in [&["collect", "--dry-run"][..], &["collect"], &["collect", "--reclaim-now", "--json"]] {
+            let output = sandbox.run(args);
+            let said = [output.stdout, output.stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert_eq!(output.status.code(), Some(3), "{said}");
+            assert!(said.contains(name) && said.contains(problem) && said.contains("lifeboat verify"), "{said}");
+        }
+        fs::write(&pack, &whole).unwrap();
+    }
+    sandbox.ok(&["collect"]);
+    sandbox.ok(&["verify", "--read-data"]);
+}
+
+fn largest_pack(sandbox: &Sandbox) -> PathBuf {
+    let dirs = fs::read_dir(sandbox.path("repo/packs")).unwrap().flatten();
+    let packs = dirs.flat_map(|dir| fs::read_dir(dir.path()).unwrap().flatten()).map(|entry| entry.path());
+    packs.max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap()
 }

@@ -38,10 +38,10 @@ pub async fn run(door: &Door, global: &Global, args: &Collect) -> Result<(), Pro
             None => tell(&result.report, result.seconds),
         }
     }
-    if result.report.blocked.is_empty() {
-        return Ok(());
+    match damage(&result.report) {
+        None => Ok(()),
+        Some(problem) => Err(problem.handled(Handling::AnswerTold)),
     }
-    Err(blocked(&result.report).handled(Handling::AnswerTold))
 }
 
 /// Whether all that can be done is to look without the key.
@@ -66,20 +66,38 @@ pub fn run_keyless(global: &Global) -> Result<(), Problem> {
     } else {
         tell_keyless(&result);
     }
-    Ok(())
+    if result.report.damaged.is_empty() {
+        return Ok(());
+    }
+    let objects = render::count(result.report.damaged.len() as u64, "object");
+    Err(Problem::new(Kind::Damage, format!("{objects} cannot be read: what is said above may not be all"))
+        .hint("`lifeboat verify` says more")
+        .handled(Handling::AnswerTold))
 }
 
-fn blocked(report: &CollectReport) -> Problem {
-    Problem::new(
-        Kind::Damage,
-        format!("nothing can be freed: {} cannot be read", render::count(report.blocked.len() as u64, "object")),
-    )
-    .hint("`lifeboat verify` says more; `lifeboat forget` drops a point that is beyond repair, and frees the rest")
+/// What a collect met that is not as it should be.
+fn damage(report: &CollectReport) -> Option<Problem> {
+    let (blocked, packs) = (report.blocked.len() as u64, report.lost_packs.len() as u64);
+    if blocked > 0 {
+        let title = format!("nothing can be freed: {} cannot be read", render::count(blocked, "object"));
+        return Some(Problem::new(Kind::Damage, title).hint(
+            "`lifeboat verify` says more; `lifeboat forget` drops a point that is beyond repair, and frees the rest",
+        ));
+    }
+    let lost = match (packs, report.lost_chunks) {
+        (0, 0) => return None,
+        (0, chunks) => format!("{} in no pack", render::count(chunks, "chunk")),
+        (packs, _) => format!("{} missing or damaged", render::count(packs, "pack")),
+    };
+    Some(Problem::new(Kind::Damage, format!("recovery points need what is lost: {lost}")).hint(
+        "`lifeboat verify` names the machines and disks that it hits; `lifeboat verify --repair` stores anew what can be \
+         had elsewhere",
+    ))
 }
 
 fn tell(report: &CollectReport, seconds: f64) {
     let would = if report.dry_run { "would be " } else { "" };
-    for blocker in &report.blocked {
+    for blocker in report.blocked.iter().chain(&report.lost_packs) {
         render::line(&format!("DAMAGED {}: {}", blocker.object, blocker.problem));
     }
     if report.lost_chunks > 0 {

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 
 use super::report::Quarantined;
-use super::{CollectError, quarantine, summary};
+use super::{CollectError, quarantine, summary, times};
 use crate::error::ReadError;
 use crate::id::{PackId, RecoveryPointId};
 use crate::index::run::Run;
@@ -18,6 +18,7 @@ use crate::storage::{Listed, Object, ObjectKind};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeylessCollect {
     /// When the last collect with the key looked, in seconds since 1970 UTC; none if no one has yet.
+    #[serde(with = "times::option")]
     pub as_of: Option<u64>,
     /// Points it did not see: they may need what it found dead.
     pub points_new: Vec<RecoveryPointId>,

@@ -17,6 +17,7 @@ mod repack;
 mod report;
 mod summary;
 mod sweep;
+mod times;
 
 #[cfg(test)]
 mod tests;
@@ -183,11 +184,31 @@ impl Round {
             pack_bytes: self.standing.packs.values().sum(),
             live_bytes: sweep::live_bytes(&self.tallies),
             lost_chunks: self.lost,
+            lost_packs: self.lost_packs(),
             leases: self.leases.iter().map(LeaseState::holder).collect(),
             blocked: self.blockers.clone(),
             mark_bytes: self.marks.bytes(),
             ..CollectReport::default()
         }
+    }
+
+    /// Packs that points need, and that are not whole: nowhere is a better place for what they hold.
+    fn lost_packs(&self) -> Vec<Blocker> {
+        let needed = self.tallies.iter().filter(|(_, tally)| tally.live_frames > 0);
+        let mut lost: Vec<Blocker> = needed
+            .filter_map(|(pack, tally)| {
+                let wrong = match (self.standing.rank(pack, tally.len), self.standing.packs.get(pack)) {
+                    (plan::Rank::Missing, None) => "it is missing".to_owned(),
+                    (plan::Rank::Missing, Some(len)) => format!("it has {len} bytes in the place of {}", tally.len),
+                    (plan::Rank::Damaged, _) => "it was found damaged".to_owned(),
+                    (plan::Rank::Gathered | plan::Rank::Good | plan::Rank::Quarantined, _) => return None,
+                };
+                let problem = format!("{wrong}, and recovery points need {} of its frames", tally.live_frames);
+                Some(Blocker { object: Object::Pack(*pack).to_string(), problem })
+            })
+            .collect();
+        lost.sort_unstable_by(|a, b| a.object.cmp(&b.object));
+        lost
     }
 
     fn quarantined(&self, batch: &Batch, id: BatchId) -> Quarantined {

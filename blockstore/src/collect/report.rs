@@ -2,12 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::times;
 use crate::error::ReadError;
 use crate::id::{PackId, RecoveryPointId};
 use crate::lease::LeaseState;
 use crate::storage::Object;
 
-/// Something that keeps collect from knowing what is needed, so that nothing is freed.
+/// An object that is damaged or missing, and what is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blocker {
     /// Which object.
@@ -44,8 +45,10 @@ pub struct Quarantined {
     /// Their bytes.
     pub bytes: u64,
     /// When they were put there, in seconds since 1970 UTC.
+    #[serde(with = "times")]
     pub created: u64,
     /// When they may be deleted.
+    #[serde(with = "times")]
     pub due: u64,
     /// Who must end first, whatever the date: backups that may have found them in the index.
     pub waits_for: Vec<String>,
@@ -84,11 +87,13 @@ pub struct CollectReport {
     pub reprieved_packs: u64,
     /// Chunks that points need and no pack holds.
     pub lost_chunks: u64,
+    /// Packs that points need and that are missing or damaged.
+    pub lost_packs: Vec<Blocker>,
     /// What waits for its deletion.
     pub quarantined: Vec<Quarantined>,
     /// Who is at work in the repository.
     pub leases: Vec<String>,
-    /// Why nothing is freed.
+    /// What keeps collect from knowing what is needed, so that nothing is freed.
     pub blocked: Vec<Blocker>,
     /// Memory the marks took.
     pub mark_bytes: u64,
@@ -127,6 +132,7 @@ pub struct PackReport {
     /// `kept`, `to be repacked`, `dead`, `quarantined`, `unnamed`, `missing`.
     pub state: String,
     /// When it may be deleted, if it is in quarantine.
+    #[serde(with = "times::option")]
     pub due: Option<u64>,
     /// Which backups must end before that.
     pub waits_for: Vec<String>,
