@@ -108,7 +108,7 @@ impl TreeBuilder {
 
     /// Adds the next chunk. `store` is given each complete node that is not all zero and returns its id.
     pub fn push<E>(&mut self, id: &ChunkId, store: &mut impl FnMut(u8, &[u8]) -> Result<ChunkId, E>) -> Result<(), E> {
-        self.push_at(0, id, store)
+        self.push_to(0, id, store)
     }
 
     /// Adds a run of all-zero chunks; costs as little as it can.
@@ -128,13 +128,24 @@ impl TreeBuilder {
                 at += 1;
                 size *= FAN_OUT;
             }
-            self.push_at(at, &ChunkId::ZERO, store)?;
+            self.push_to(at, &ChunkId::ZERO, store)?;
             count -= size;
         }
         Ok(())
     }
 
-    fn push_at<E>(
+    /// Adds a subtree that is stored: the next chunk on level 0, the next leaf on level 1, and so on. The levels below
+    /// must stand at a border.
+    pub fn push_at<E>(
+        &mut self,
+        at: u8,
+        id: &ChunkId,
+        store: &mut impl FnMut(u8, &[u8]) -> Result<ChunkId, E>,
+    ) -> Result<(), E> {
+        self.push_to(at.into(), id, store)
+    }
+
+    fn push_to<E>(
         &mut self,
         at: usize,
         id: &ChunkId,
@@ -145,7 +156,7 @@ impl TreeBuilder {
         level.push(id);
         if level.is_full() && !last {
             let id = self.close(at, store)?;
-            self.push_at(at + 1, &id, store)?;
+            self.push_to(at + 1, &id, store)?;
         }
         Ok(())
     }
@@ -173,7 +184,7 @@ impl TreeBuilder {
             }
             id = self.close(at, store)?;
             if at + 1 < self.levels.len() {
-                self.push_at(at + 1, &id, store)?;
+                self.push_to(at + 1, &id, store)?;
             }
         }
         Ok(id)

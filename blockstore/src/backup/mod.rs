@@ -11,6 +11,9 @@ mod source;
 mod writer;
 
 #[cfg(test)]
+mod changes_tests;
+
+#[cfg(test)]
 mod tests;
 
 pub use source::{FileSource, Source};
@@ -263,13 +266,14 @@ impl<'s> Backup<'s> {
         let chunk_size = self.read.fetcher.config.chunk_size;
         let shape = Shape::of(size, chunk_size).ok_or(refuse("it is too large"))?;
         let parent = self.parent.as_ref().and_then(|parent| parent.disk(name));
+        let comparable = parent.is_some_and(|disk| disk.size == size && disk.chunk_size == chunk_size);
         let parent = parent.and_then(|disk| {
             let opened = ManifestReader::new(self.read.clone(), disk);
             let note = |error: &ReadError| warn!(disk = name, %error, "the parent cannot be read, the backup goes on without it");
             opened.inspect_err(note).ok()
         });
         self.shared.progress.add_total(size);
-        let capture = Capture { name, source, size, shape, parent: parent.as_ref(), shared: &self.shared };
+        let capture = Capture { name, source, size, shape, parent: parent.as_ref(), comparable, shared: &self.shared };
         let mut sample = Sample::new(self.sample_seed(name));
         let (root, mut stats) = capture.run(writer, &mut sample)?;
         let after = source.current_size();

@@ -19,6 +19,7 @@ use super::compare::Sample;
 use super::source::Source;
 use super::writer::{Place, Shared, Writer};
 use super::{BackupError, DiskStats};
+use crate::error::ReadError;
 use crate::id::ChunkId;
 use crate::manifest::{FAN_OUT, NODE_LEN, Node, Shape, TreeBuilder};
 use crate::pack::builder::{Compressor, Payload};
@@ -36,16 +37,25 @@ pub(super) struct Capture<'a> {
     pub size: u64,
     pub shape: Shape,
     pub parent: Option<&'a ManifestReader>,
+    /// Whether the parent's tree has the same shape, so that parts of it can be taken over.
+    pub comparable: bool,
     pub shared: &'a Shared,
 }
 
-/// Consecutive chunks: to read, or known to be a hole.
+/// Consecutive chunks.
 struct Unit {
     number: u64,
     chunks: Range<u64>,
-    hole: bool,
-    /// The parent's leaf that covers them.
-    leaf: Node,
+    kind: Kind,
+}
+
+enum Kind {
+    /// To be read. The parent's leaf covers them.
+    Data(Node),
+    /// Known to be a hole.
+    Hole,
+    /// As in the parent, whose subtrees these are, by their level: [`TreeBuilder::push_at`].
+    Same(Vec<(u8, ChunkId)>),
 }
 
 /// What became of a chunk.
@@ -60,6 +70,7 @@ struct Done {
     first: u64,
     chunks: Vec<Captured>,
     zeroes: u64,
+    same: Vec<(u8, ChunkId)>,
     payloads: Vec<u8>,
     unchanged: u64,
     read: u64,
@@ -70,6 +81,8 @@ struct Dispenser {
     chunk: u64,
     /// The data range found last, in bytes.
     data: Option<Range<u64>>,
+    /// The range found last that may differ from the parent, in bytes.
+    change: Range<u64>,
     leaf: Option<(u64, Node)>,
     /// The parent's manifest turned out to be unreadable.
     parent_lost: bool,
@@ -104,7 +117,8 @@ impl Capture<'_> {
     /// Captures the disk and returns its root.
     pub fn run(&self, writer: &mut Writer, sample: &mut Sample) -> Result<(ChunkId, DiskStats), BackupError> {
         let workers = thread::available_parallelism().map_or(2, |cores| cores.get().min(32));
-        let dispenser = Mutex::new(Dispenser { number: 0, chunk: 0, data: None, leaf: None, parent_lost: false });
+        let dispenser =
+            Mutex::new(Dispenser { number: 0, chunk: 0, data: None, change: 0..0, leaf: None, parent_lost: false });
         let window = Window {
             order: Mutex::new(Order { done: BTreeMap::new(), next: 0, units: None, buffers: Vec::new() }),
             changed: Condvar::new(),
@@ -166,7 +180,7 @@ impl Capture<'_> {
             };
             let buffer = window.lock().buffers.pop().unwrap_or_default();
             let number = unit.number;
-            let done = self.capture(&unit, &mut plain, buffer, &mut compressor)?;
+            let done = self.capture(unit, &mut plain, buffer, &mut compressor)?;
             window.lock().done.insert(number, done);
             window.changed.notify_all();
         }
@@ -177,6 +191,9 @@ impl Capture<'_> {
     fn dispense(&self, at: &mut Dispenser) -> Result<Option<Unit>, BackupError> {
         if at.chunk >= self.shape.chunks || self.size == 0 {
             return Ok(None);
+        }
+        if let Some(unit) = self.dispense_same(at)? {
+            return Ok(Some(unit));
         }
         let size = self.chunk_size();
         let offset = at.chunk * size;
@@ -202,14 +219,56 @@ impl Capture<'_> {
             // At the end of the disk a hole may end inside the last chunk.
             let end = if data.start >= self.size { self.shape.chunks } else { first_data };
             at.chunk = end;
-            return Ok(Some(Unit { number, chunks: start..end, hole: true, leaf: Node::ZERO }));
+            return Ok(Some(Unit { number, chunks: start..end, kind: Kind::Hole }));
         }
         let data_end = data.end.div_ceil(size).min(self.shape.chunks);
         let leaf_end = (start / FAN_OUT + 1) * FAN_OUT;
+        let data_end = data_end.min(at.change.end.div_ceil(size));
         let end = data_end.min(leaf_end).min(start + (UNIT_BYTES / size).max(1));
         at.chunk = end;
         let leaf = self.parent_leaf(at, start / FAN_OUT);
-        Ok(Some(Unit { number, chunks: start..end, hole: false, leaf }))
+        Ok(Some(Unit { number, chunks: start..end, kind: Kind::Data(leaf) }))
+    }
+
+    /// The chunks up to the next that may differ from the parent; none if that is the next one.
+    fn dispense_same(&self, at: &mut Dispenser) -> Result<Option<Unit>, BackupError> {
+        let Some(parent) = self.parent.filter(|_| self.comparable && !at.parent_lost) else {
+            at.change = 0..u64::MAX;
+            return Ok(None);
+        };
+        let size = self.chunk_size();
+        let offset = at.chunk * size;
+        if at.change.end <= offset {
+            let error = |source| BackupError::Source { disk: self.name.to_owned(), offset, source };
+            let found = self.source.next_change(offset).map_err(error)?;
+            at.change = found.map_or(self.size..u64::MAX, |found| found.start.max(offset)..found.end);
+            if at.change.is_empty() {
+                return Err(error(io::Error::new(io::ErrorKind::InvalidData, "the source names an empty change")));
+            }
+        }
+        let end = if at.change.start >= self.size { self.shape.chunks } else { at.change.start / size };
+        if end <= at.chunk {
+            return Ok(None);
+        }
+        let chunks = at.chunk..end;
+        match parent.subtrees(chunks.clone()) {
+            Ok(subtrees) => {
+                let number = at.number;
+                at.number += 1;
+                at.chunk = end;
+                Ok(Some(Unit { number, chunks, kind: Kind::Same(subtrees) }))
+            }
+            Err(error) => {
+                self.lose_parent(at, &error);
+                at.change = 0..u64::MAX;
+                Ok(None)
+            }
+        }
+    }
+
+    fn lose_parent(&self, at: &mut Dispenser, error: &ReadError) {
+        warn!(disk = self.name, %error, "the parent cannot be read, the backup goes on without it");
+        at.parent_lost = true;
     }
 
     /// The parent's leaf; zero once the parent cannot be read, so that everything is looked up in the index.
@@ -226,8 +285,7 @@ impl Capture<'_> {
                 node
             }
             Err(error) => {
-                warn!(disk = self.name, error = %error, "the parent cannot be read, the backup goes on without it");
-                at.parent_lost = true;
+                self.lose_parent(at, &error);
                 Node::ZERO
             }
         }
@@ -235,17 +293,28 @@ impl Capture<'_> {
 
     fn capture(
         &self,
-        unit: &Unit,
+        unit: Unit,
         plain: &mut Vec<u8>,
         mut payloads: Vec<u8>,
         compressor: &mut Compressor,
     ) -> Result<Done, BackupError> {
         payloads.clear();
         let count = unit.chunks.end - unit.chunks.start;
-        if unit.hole {
-            let first = unit.chunks.start;
-            return Ok(Done { first, chunks: Vec::new(), zeroes: count, payloads, unchanged: 0, read: 0 });
-        }
+        let first = unit.chunks.start;
+        let none = Done {
+            first,
+            chunks: Vec::new(),
+            zeroes: 0,
+            same: Vec::new(),
+            payloads: Vec::new(),
+            unchanged: 0,
+            read: 0,
+        };
+        let leaf = match unit.kind {
+            Kind::Hole => return Ok(Done { zeroes: count, payloads, ..none }),
+            Kind::Same(same) => return Ok(Done { same, unchanged: count, payloads, ..none }),
+            Kind::Data(leaf) => leaf,
+        };
         let size = self.chunk_size();
         let offset = unit.chunks.start * size;
         let len = count * size; // bounded: a unit, or one chunk
@@ -263,6 +332,7 @@ impl Capture<'_> {
             first: unit.chunks.start,
             chunks: Vec::with_capacity(to_usize(count)),
             zeroes: 0,
+            same: Vec::new(),
             payloads,
             unchanged: 0,
             read: real,
@@ -272,7 +342,7 @@ impl Capture<'_> {
                 Captured::Zero
             } else {
                 let id = self.shared.fetcher.keyring.chunk_id(chunk);
-                if unit.leaf.child(number) == id && self.shared.trusts_parent(&id) {
+                if leaf.child(number) == id && self.shared.trusts_parent(&id) {
                     done.unchanged += 1;
                     Captured::Known(id)
                 } else if self.shared.claim(&id) {
@@ -343,12 +413,16 @@ impl Capture<'_> {
         stats.read += done.read;
         stats.unchanged_chunks += done.unchanged;
         progress.add_read(done.read);
-        progress.add_done((done.zeroes * self.chunk_size()).max(done.read));
+        let taken_over = if done.same.is_empty() { 0 } else { done.unchanged };
+        progress.add_done(((done.zeroes + taken_over) * self.chunk_size()).max(done.read));
         let store = |level: u8, node: &[u8], writer: &mut Writer, stats: &mut DiskStats| {
             self.store_node(writer, stats, level, node)
         };
         if done.zeroes > 0 {
             tree.push_zeroes(done.zeroes, &mut |level, node| store(level, node, writer, stats))?;
+        }
+        for (level, id) in done.same {
+            tree.push_at(level, &id, &mut |level, node| store(level, node, writer, stats))?;
         }
         for chunk in done.chunks {
             let id = match chunk {

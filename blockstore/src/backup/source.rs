@@ -21,6 +21,13 @@ pub trait Source: Send + Sync {
     /// never read and taken as zeroes.
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
 
+    /// The next range, at or after `offset`, that may differ from the disk of the same name in the backup's parent; none
+    /// if the rest is the same. What lies between is taken from the parent and not read. Only asked while there is a
+    /// parent whose disk has the same size; without an answer of its own a source is read whole.
+    fn next_change(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(Some(offset..u64::MAX))
+    }
+
     /// The size now; asked when the disk has been read, to notice that it changed.
     fn current_size(&self) -> io::Result<u64>;
 }

@@ -217,6 +217,11 @@ impl Overlay {
         self.size
     }
 
+    /// What it stands on.
+    pub fn base(&self) -> &Arc<dyn Base> {
+        &self.base
+    }
+
     /// What the overlay takes.
     pub fn usage(&self) -> Usage {
         Usage {

@@ -1,5 +1,6 @@
 //! [`ManifestReader`]: the leaves of one disk's tree, loaded when they are wanted.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -62,6 +63,26 @@ impl ManifestReader {
             }
             level -= 1;
         }
+    }
+
+    /// The largest subtrees that make up a range of chunks, each with the level of the node that names it; none of them
+    /// is the whole tree. Reads only what lies above them.
+    pub fn subtrees(&self, chunks: Range<u64>) -> Result<Vec<(u8, ChunkId)>, ReadError> {
+        let mut found = Vec::new();
+        let mut chunk = chunks.start;
+        while chunk < chunks.end {
+            // A subtree named on this level has so many chunks; the last one of a tree may have fewer.
+            let mut level = 0;
+            let mut span = 1;
+            let whole = |span: u64| chunk.is_multiple_of(span) && (chunk + span).min(self.shape.chunks) <= chunks.end;
+            while level + 1 < self.shape.levels && whole(span * FAN_OUT) {
+                level += 1;
+                span *= FAN_OUT;
+            }
+            found.push((level, self.node(level, chunk / Shape::span(level))?.child(chunk / span)));
+            chunk += span;
+        }
+        Ok(found)
     }
 
     fn node(&self, level: u8, index: u64) -> Result<Node, ReadError> {
