@@ -340,7 +340,7 @@ fn check_range(size: u64, offset: u64, buf: &[u8]) -> io::Result<()> {
     }
 }
 
-fn fill(segments: &[Segment], buf: &mut [u8]) {
+pub(crate) fn fill(segments: &[Segment], buf: &mut [u8]) {
     let mut rest = buf;
     for segment in segments {
         let length = match segment {

@@ -12,6 +12,7 @@ pub mod disks;
 pub mod exports;
 pub mod files;
 mod forget;
+mod frozen;
 pub mod inspect;
 pub mod jobs;
 mod keyless;

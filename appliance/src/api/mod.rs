@@ -25,7 +25,7 @@ use crate::catalog::{ListedPoint, Listing};
 use crate::jobs::{Job, JobView, Jobs};
 use crate::problem::Problem;
 use crate::publish::ExportRequest;
-use crate::recovery::{Order, RecoverRequest, RecoveryView};
+use crate::recovery::{CommitRequest, Order, RecoverRequest, RecoveryView};
 use crate::rehydrate::RehydrateRequest;
 use crate::restore::{self, RestoreRequest};
 use crate::statistics::{self, Group};
@@ -71,6 +71,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/api/v1/recoveries/{name}/start", post(start))
         .route("/api/v1/recoveries/{name}/rehydration", post(rehydrate).patch(steer))
         .route("/api/v1/recoveries/{name}/cutover", post(cut_over))
+        .route("/api/v1/recoveries/{name}/commit", post(commit))
         .merge(keys::routes())
         .merge(files::routes())
         .merge(retention::routes())
@@ -260,6 +261,20 @@ async fn steer(State(app): Shared, Path(name): Path<String>, Body(order): Body<O
 async fn cut_over(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
     let work = tokio::spawn(async move { app.recoveries.cut_over(&name).await });
     work.await.map_err(|error| Problem::failed("the cutover ended badly", &error))?.map(Json)
+}
+
+/// The instant is when this is asked; the job stores what was there.
+async fn commit(
+    State(app): Shared,
+    Path(name): Path<String>,
+    Body(request): Body<CommitRequest>,
+) -> Result<Response, Problem> {
+    request.check()?;
+    let commit = app.recoveries.commit(&name).await?;
+    let job = app
+        .jobs
+        .start("commit", format!("recovery {name}"), move |progress| to_value(&commit.run(&request, progress)?));
+    Ok(accepted(&job))
 }
 
 async fn discard(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {

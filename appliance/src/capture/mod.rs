@@ -65,15 +65,20 @@ impl BackupRequest {
                     .hint("name each disk differently: root=a.qcow2 data=b.qcow2"));
             }
         }
-        for (key, value) in &self.labels {
-            check_name("label", key)?;
-            if value.len() > LABEL_MAX || value.chars().any(char::is_control) {
-                return Err(Problem::usage(format!("label {key} cannot have the value {value:?}"))
-                    .hint(format!("use up to {LABEL_MAX} bytes without control characters")));
-            }
-        }
-        Ok(())
+        check_labels(&self.labels)
     }
+}
+
+/// Checks the labels of a new recovery point.
+pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), Problem> {
+    for (key, value) in labels {
+        check_name("label", key)?;
+        if value.len() > LABEL_MAX || value.chars().any(char::is_control) {
+            return Err(Problem::usage(format!("label {key} cannot have the value {value:?}"))
+                .hint(format!("use up to {LABEL_MAX} bytes without control characters")));
+        }
+    }
+    Ok(())
 }
 
 /// What a backup did.
@@ -89,6 +94,19 @@ pub struct BackupResult {
     pub stored: u64,
     /// How long it took.
     pub seconds: f64,
+}
+
+impl BackupResult {
+    /// What was done since `started` to make a point.
+    pub fn of(point: &RecoveryPoint, started: Instant) -> BackupResult {
+        BackupResult {
+            point: point.id.to_string(),
+            read: point.stats.read,
+            new: point.stats.new_bytes,
+            stored: point.stats.stored_bytes,
+            seconds: started.elapsed().as_secs_f64(),
+        }
+    }
 }
 
 /// Names become parts of paths, URIs and export names.
@@ -132,13 +150,7 @@ pub fn back_up(
             hardware: serde_json::Value::Null,
         })
         .map_err(|error| failed(&error))?;
-    Ok(BackupResult {
-        point: point.id.to_string(),
-        read: point.stats.read,
-        new: point.stats.new_bytes,
-        stored: point.stats.stored_bytes,
-        seconds: started.elapsed().as_secs_f64(),
-    })
+    Ok(BackupResult::of(&point, started))
 }
 
 #[cfg(test)]

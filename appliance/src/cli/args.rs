@@ -137,6 +137,8 @@ pub enum Command {
     Rehydrate(Rehydrate),
     /// Move a rehydrated guest onto production storage, without a reboot
     Cutover(Name),
+    /// Make what a recovery's guest has written a new recovery point, while it runs
+    Commit(Commit),
     /// End a recovery; what its guest wrote is lost unless it is cut over, the recovery point stays
     Discard(Name),
     /// Run as a service: take up recoveries, serve their disks and the API
@@ -497,6 +499,19 @@ pub struct Recover {
     /// Wait this many seconds for the guest's first console output, to report when it came
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
     pub wait: u64,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The point is of the recovery's machine, holds all its disks as they were at one instant, and is as consistent as after a\n\
+power cut. Only what the guest has changed is read. The recovery goes on as before.")]
+pub struct Commit {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+    /// Keep KEY=VALUE with the recovery point
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub labels: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -1,11 +1,13 @@
-//! `backup`.
+//! `backup` and `commit`.
 
-use super::args::{Backup, Global};
+use super::args::{Backup, Commit, Global};
+use super::client::segment;
 use super::connect::Door;
-use super::{progress, render};
+use super::{progress, recover, render};
 use crate::capture::{BackupRequest, BackupResult, parse_sources};
 use crate::catalog::spec::short_id;
 use crate::problem::Problem;
+use crate::recovery::CommitRequest;
 use crate::retention::rules::parse_labels;
 
 pub async fn run(door: &Door, global: &Global, args: &Backup) -> Result<(), Problem> {
@@ -17,16 +19,28 @@ pub async fn run(door: &Door, global: &Global, args: &Backup) -> Result<(), Prob
     };
     request.check()?;
     let result = progress::run(&door.client, "/api/v1/points", &request).await?;
+    told(global, &args.machine, result)
+}
+
+pub async fn commit(door: &Door, global: &Global, args: &Commit) -> Result<(), Problem> {
+    let request = CommitRequest { labels: parse_labels(&args.labels)? };
+    request.check()?;
+    let machine = recover::get(door, &args.name).await?.machine;
+    let path = format!("/api/v1/recoveries/{}/commit", segment(&args.name));
+    let result = progress::run(&door.client, &path, &request).await?;
+    told(global, &machine, result)
+}
+
+fn told(global: &Global, machine: &str, result: serde_json::Value) -> Result<(), Problem> {
     let result: BackupResult =
-        serde_json::from_value(result).map_err(|error| Problem::failed("cannot read the backup's result", &error))?;
+        serde_json::from_value(result).map_err(|error| Problem::failed("cannot read what was done", &error))?;
     if global.json {
         render::json(&result);
         return Ok(());
     }
     render::line(&format!(
-        "recovery point {} of {}: read {}, new {}, stored {}, in {:.1} s",
+        "recovery point {} of {machine}: read {}, new {}, stored {}, in {:.1} s",
         short_id(&result.point),
-        args.machine,
         render::bytes(result.read),
         render::bytes(result.new),
         render::bytes(result.stored),

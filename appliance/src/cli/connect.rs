@@ -196,6 +196,7 @@ fn describe(command: &Command) -> String {
         Command::Start(args) => format!("start {}", args.name),
         Command::Rehydrate(args) => format!("rehydrate {}", args.name),
         Command::Cutover(args) => format!("cutover {}", args.name),
+        Command::Commit(args) => format!("commit {}", args.name),
         Command::Discard(args) => format!("discard {}", args.name),
         Command::Serve(_) => "serve".to_owned(),
         Command::Tls(_) => "tls".to_owned(),

@@ -161,6 +161,7 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Start(args) => recover::start(door, global, args).await,
         Command::Rehydrate(args) => rehydrate::run(door, global, args).await,
         Command::Cutover(args) => rehydrate::cut_over(door, global, args).await,
+        Command::Commit(args) => backup::commit(door, global, args).await,
         Command::Discard(args) => recover::discard(door, global, args).await,
         Command::Init(_) | Command::Serve(_) | Command::Tls(_) => Ok(()),
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use blockstore::overlay::Overlay;
 use nbd_server::ExportTable;
 
+use super::commit::Commit;
 use super::moving::Order;
 use super::one::{Context, Definition, Recovery};
 use super::state::State;
@@ -157,6 +158,11 @@ impl Recoveries {
         let recovery = self.get(name)?;
         recovery.cut_over().await?;
         Ok(recovery.view())
+    }
+
+    /// Freezes a recovery's disks at one instant, to be made a recovery point by [`Commit::run`].
+    pub async fn commit(&self, name: &str) -> Result<Commit, Problem> {
+        self.get(name)?.freeze().await
     }
 
     /// Ends a recovery: VM, exports, overlays and sockets go.

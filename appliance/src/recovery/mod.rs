@@ -2,6 +2,7 @@
 //! `one` drives a single recovery, [`manager`] knows them all.
 
 mod broken;
+mod commit;
 pub mod firmware;
 pub mod journal;
 mod machine;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::rehydrate::Mode;
 use crate::statistics::Served;
 
+pub use commit::{Commit, CommitRequest};
 pub use manager::Recoveries;
 pub use moving::Order;
 pub use one::Context;

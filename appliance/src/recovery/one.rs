@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use blockstore::lease::{self, Surroundings};
 use blockstore::overlay::{Overlay, Room};
-use blockstore::{Lease, RecoveryPoint, Repository};
+use blockstore::{Lease, Progress, RecoveryPoint, Repository};
 use hypervisor::{Hypervisor, Machine, QemuHypervisor};
 use nbd_server::{ExportTable, Limits, Listen, Server};
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,8 @@ pub(super) enum Record {
     Vm { machine: Box<hypervisor::MachineDefinition> },
     /// Its disks are being moved like this; `held`: why nothing is copied for now.
     Move { plan: Box<Plan>, held: Option<String> },
+    /// What the guest had written became this recovery point. All of it was durable in the overlays before.
+    Committed { point: String },
     /// The state was entered.
     State { state: State, problem: Option<String> },
 }
@@ -95,6 +97,8 @@ pub(super) struct Shown {
     pub(super) disks: Vec<Arc<LiveDisk>>,
     pub(super) plan: Option<Plan>,
     pub(super) moving: Option<Watch>,
+    /// How far a commit is, to cancel it.
+    pub(super) committing: Option<Arc<Progress>>,
     table: Option<Arc<ExportTable>>,
     pub(super) timings: Timings,
 }
@@ -112,6 +116,8 @@ pub(super) struct Driver {
     pub(super) plan: Option<Plan>,
     /// Why nothing is copied for now.
     pub(super) held: Option<String>,
+    /// The last recovery point that was made of it.
+    pub(super) committed: Option<String>,
     pub(super) stream: Option<Stream>,
     pub(super) watchers: Vec<JoinHandle<()>>,
 }
@@ -178,6 +184,7 @@ impl Recovery {
                     driver.plan = Some(*plan);
                     driver.held = held;
                 }
+                Record::Committed { point } => driver.committed = Some(point),
                 Record::State { state, problem: why } => {
                     driver.state = state;
                     problem = why;
@@ -211,6 +218,7 @@ impl Recovery {
                 disks: Vec::new(),
                 plan: driver.plan.clone().filter(|_| driver.state.moves()),
                 moving: None,
+                committing: None,
                 table: None,
                 timings: Timings::default(),
             }),
@@ -585,6 +593,9 @@ impl Recovery {
 
     /// The actions of a discard, in their order; each may have run before.
     async fn take_away(&self, driver: &mut Driver) -> Result<(), Problem> {
+        if let Some(commit) = self.lock().committing.take() {
+            commit.cancel();
+        }
         self.stop_copying(driver).await;
         self.stop_vm(driver).await;
         self.retire(driver).await;
@@ -670,6 +681,7 @@ impl Driver {
             lease: None,
             plan: None,
             held: None,
+            committed: None,
             stream: None,
             watchers: Vec::new(),
         }

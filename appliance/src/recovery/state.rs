@@ -144,12 +144,23 @@ impl State {
         }
     }
 
+    /// Whether what the guest has written can be made a recovery point now.
+    pub fn commits(self) -> bool {
+        match self {
+            State::Running | State::Rehydrating | State::ReadyForCutover => true,
+            State::CuttingOver | State::CutOver => false,
+            State::Publishing | State::Failed | State::Discarding | State::Discarded => false,
+        }
+    }
+
     /// What a user can do next with the recovery, as commands.
     pub fn next_steps(self) -> &'static [&'static str] {
         match self {
-            State::Running => &["rehydrate", "discard"],
-            State::Rehydrating => &["rehydrate --pause", "rehydrate --resume", "rehydrate --cancel", "discard"],
-            State::ReadyForCutover => &["cutover", "rehydrate --cancel", "discard"],
+            State::Running => &["rehydrate", "commit", "discard"],
+            State::Rehydrating => {
+                &["rehydrate --pause", "rehydrate --resume", "rehydrate --cancel", "commit", "discard"]
+            }
+            State::ReadyForCutover => &["cutover", "rehydrate --cancel", "commit", "discard"],
             State::CutOver | State::Failed => &["discard"],
             State::Publishing | State::CuttingOver | State::Discarding | State::Discarded => &[],
         }
@@ -256,6 +267,14 @@ mod tests {
                 let may = event == Event::DiscardRequested || (state, event) == (State::CuttingOver, Event::Switched);
                 assert!(!goes || may, "{state} {event:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_commit_is_offered_where_it_can_be_made() {
+        for state in STATES {
+            assert_eq!(state.next_steps().contains(&"commit"), state.commits(), "{state}");
+            assert!(!state.commits() || state.runs(), "{state}: there is no overlay to commit");
         }
     }
 

@@ -12,6 +12,7 @@ use super::gate::{Closed, Gate};
 use super::regions::{RegionSet, Regions, touched};
 use super::target::Production;
 use crate::exports::{BLOCK_SIZE, CHANGED_CONTEXT, OverlayExport};
+use crate::frozen::Frozen;
 
 /// A disk that can change its backend while it is served.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub struct LiveDisk {
     backend: RwLock<Backend>,
     /// Told of every change while the disk is being rehydrated.
     regions: RwLock<Option<Arc<Regions>>>,
+    /// Told of every change before it is made, while the disk is being committed.
+    frozen: RwLock<Option<Arc<Frozen>>>,
     /// What the guest has read since the disk was opened: copied first.
     read: RegionSet,
     latency: Latency,
@@ -70,6 +73,7 @@ impl LiveDisk {
             gate: Gate::default(),
             backend: RwLock::new(backend),
             regions: RwLock::default(),
+            frozen: RwLock::default(),
             read: RegionSet::new(size),
             latency: Latency::default(),
         }
@@ -100,6 +104,21 @@ impl LiveDisk {
         let served = Backend::Production(Arc::new(Served::new(production, self.size, description)));
         *self.backend.write().unwrap_or_else(PoisonError::into_inner) = served;
         *self.regions.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Keeps what the disk holds now readable in `frozen`, whatever the guest writes, until [`LiveDisk::thaw`].
+    pub fn freeze(&self, _closed: &Closed<'_>, frozen: Arc<Frozen>) {
+        *self.frozen.write().unwrap_or_else(PoisonError::into_inner) = Some(frozen);
+    }
+
+    /// The end of that. A change in flight may still be told to it.
+    pub fn thaw(&self) {
+        *self.frozen.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The disk as it was when it was frozen, while it is.
+    pub fn frozen(&self) -> Option<Arc<Frozen>> {
+        self.frozen.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The regions that the guest has read.
@@ -146,9 +165,13 @@ impl LiveDisk {
         result
     }
 
-    /// Does a change inside the gate, and notes it before it is answered. A failed one may have changed something.
+    /// Does a change inside the gate, after what it replaces is put aside if the disk is frozen, and notes it before it
+    /// is answered. A failed one may have changed something.
     fn change<T>(&self, offset: u64, length: u64, work: impl FnOnce(&dyn Export) -> T) -> T {
         self.inside(|export| {
+            if let Some(frozen) = self.frozen() {
+                frozen.before_change(offset, length);
+            }
             let result = work(export);
             self.note_change(offset, length);
             result
@@ -204,6 +227,9 @@ impl Export for LiveDisk {
 
     fn write_resident(&self, offset: u64, data: &[u8]) -> Option<Result<(), ExportError>> {
         let _inside = self.gate.try_enter()?;
+        if self.frozen().is_some_and(|frozen| frozen.concerns(offset, data.len() as u64)) {
+            return None; // what it replaces is put aside first, where that may take a while
+        }
         let result = match &*self.backend.read().unwrap_or_else(PoisonError::into_inner) {
             Backend::Overlay(overlay) => overlay.write_resident(offset, data)?,
             Backend::Production(_) => return None,

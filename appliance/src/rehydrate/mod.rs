@@ -15,6 +15,6 @@ pub use checkpoint::read as written_before;
 pub use copier::{CopyError, Move};
 pub use live::LiveDisk;
 pub use plan::{Mode, Plan, PlannedDisk, RehydrateRequest, Target, parse_target};
-pub use regions::{RegionSet, Regions, touched};
+pub use regions::{REGION, RegionSet, Regions, touched};
 pub use stream::{Phase, Progress, Stream, Watch};
 pub use target::{Opening, Place, Production, open};
