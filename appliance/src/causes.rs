@@ -261,6 +261,10 @@ impl Problem {
             RepairError::Verify(error) => Problem::from_verify(error),
             RepairError::Copy(OpenError::NotARepository) => Problem::because(Kind::NotFound, title, error)
                 .hint("--copy names the folder of a copy of this repository"),
+            RepairError::NoSuchDisk { known, .. } => Problem::because(Kind::Usage, title, error).hint(format!(
+                "the disks there are: {}; give an image without a name to have it tried for every disk",
+                known.join(", ")
+            )),
             RepairError::OtherRepository => Problem::because(Kind::Refused, title, error)
                 .hint("--copy takes copies of this repository only; give what another one restores as --source"),
             RepairError::Write { source, .. } if source.kind() == ErrorKind::StorageFull => {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blockstore::{DataCheck, Progress, RepairSources, Repository, VerifyOptions};
+use blockstore::{DataCheck, Progress, RepairImage, RepairSources, Repository, VerifyOptions};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +35,17 @@ pub struct VerifyRequest {
     pub copies: Vec<PathBuf>,
     /// Images to have it from.
     #[serde(default)]
-    pub sources: Vec<SourceSpec>,
+    pub sources: Vec<RepairSource>,
+}
+
+/// An image to repair from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepairSource {
+    /// The only disk it is used for; every one when not given.
+    #[serde(default)]
+    pub disk: Option<String>,
+    /// An absolute path, or an NBD URI.
+    pub location: String,
 }
 
 impl VerifyRequest {
@@ -197,7 +207,9 @@ fn open_sources(request: &VerifyRequest) -> Result<RepairSources, Problem> {
         sources.copies.push(crate::app::storage(copy));
     }
     for source in &request.sources {
-        sources.images.push(crate::capture::open_source(source)?);
+        let disk = source.disk.clone().unwrap_or_else(|| "whatever it is".to_owned());
+        let spec = SourceSpec { disk, location: source.location.clone() };
+        sources.images.push(RepairImage { disk: source.disk.clone(), source: crate::capture::open_source(&spec)? });
     }
     Ok(sources)
 }

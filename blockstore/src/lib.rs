@@ -46,8 +46,8 @@ pub use progress::Progress;
 pub use read::{Locality, PointDisk};
 pub use repository::{
     Affected, Damage, DataCheck, InitError, KeyError, KeySlot, OpenError, PointError, Protected, RepairError,
-    RepairReport, RepairSources, Repository, RepositoryStats, Rotated, SlotKind, SlotState, VerifyError, VerifyOptions,
-    VerifyReport,
+    RepairImage, RepairReport, RepairSources, Repository, RepositoryStats, Rotated, SlotKind, SlotState, VerifyError,
+    VerifyOptions, VerifyReport,
 };
 pub use restore::{Differences, RestoreError, RestoreStats, Target, ZeroPolicy, compare, restore, restore_changed};
 pub use storage::{LocalStorage, Storage};

@@ -164,6 +164,8 @@ fn damage_is_repaired_from_a_copy_and_from_an_image_and_what_remains_is_said() {
     packs(&sandbox).iter().for_each(|pack| fs::remove_file(pack).unwrap());
     fs::write(sandbox.path("other.raw"), noise(2, 100_000)).unwrap();
     fs::copy(sandbox.path("vm"), sandbox.path("vm.raw")).unwrap();
+    let unknown = sandbox.fails(2, &["verify", "--repair", "--source", &format!("sdz={}", sandbox.name("vm.raw"))]);
+    assert!(unknown.contains("called sdz") && unknown.contains("the disks there are: disk0;"), "{unknown}");
     let complaint = sandbox.fails(3, &["verify", "--repair", "--source", &sandbox.name("other.raw")]);
     assert!(complaint.contains("--copy"), "{complaint}");
     let said = sandbox.ok(&["verify", "--repair", "--source", &sandbox.name("vm.raw")]);
@@ -171,6 +173,19 @@ fn damage_is_repaired_from_a_copy_and_from_an_image_and_what_remains_is_said() {
     sandbox.ok(&["verify", "--read-data"]);
     sandbox.ok(&["restore", "vm", "--to", &sandbox.name("out.raw")]);
     assert!(fs::read(sandbox.path("out.raw")).unwrap() == fs::read(sandbox.path("vm")).unwrap());
+
+    // An image with a name is used for the disks that are called so, and for no other.
+    fs::write(sandbox.path("b.raw"), noise(3, 1 << 20)).unwrap();
+    let named = |disk: &str, file: &str| format!("{disk}={}", sandbox.name(file));
+    sandbox.ok(&["backup", "b", &named("data", "b.raw")]);
+    packs(&sandbox).iter().for_each(|pack| fs::remove_file(pack).unwrap());
+    let both = ["--source", &named("data", "vm.raw"), "--source", &named("disk0", "b.raw")];
+    let (_, crossed) = report(&sandbox, &[&["verify", "--repair"][..], &both].concat());
+    assert_eq!((&crossed["ok"], &crossed["repair"]["chunks"]), (&false.into(), &0.into()), "{crossed}");
+    let (_, half) = report(&sandbox, &["verify", "--repair", "--source", &named("data", "b.raw")]);
+    assert_eq!(half["ok"], false, "{half}");
+    sandbox.ok(&["verify", "b"]);
+    sandbox.ok(&["verify", "--repair", "--source", &named("disk0", "vm.raw")]);
 
     sandbox.fails(4, &["verify", "--repair", "--copy", &sandbox.name("nowhere")]);
     sandbox.fails(2, &["verify", "--copy", &sandbox.name("copy")]);

@@ -10,7 +10,7 @@ use std::time::Instant;
 use blockstore::{Consistency, PointDetails, Progress, RecoveryPoint, Repository, Source};
 use serde::{Deserialize, Serialize};
 
-pub use source::parse_sources;
+pub use source::{parse_source, parse_sources};
 
 use crate::problem::{Kind, Problem};
 

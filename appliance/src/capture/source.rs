@@ -22,29 +22,33 @@ const READ_MAX: usize = 4 << 20;
 pub fn parse_sources(sources: &[String]) -> Result<Vec<SourceSpec>, Problem> {
     let mut specs = Vec::with_capacity(sources.len());
     for (number, source) in sources.iter().enumerate() {
-        let named = source.split_once('=').filter(|(name, _)| check_name("disk", name).is_ok() && !is_uri(source));
-        let (disk, location) = match named {
-            // A file whose own name has an equals sign is meant as it stands.
-            Some(_) if Path::new(source).exists() => (format!("disk{number}"), source.as_str()),
-            Some((name, location)) => (name.to_owned(), location),
-            None => (format!("disk{number}"), source.as_str()),
-        };
-        if location.is_empty() {
-            return Err(Problem::usage(format!("source `{source}` names no file")));
-        }
-        let location = if is_uri(location) {
-            absolute_certificates(location)?
-        } else {
-            refuse_live(location)?;
-            let path = std::path::absolute(location)
-                .map_err(|error| Problem::failed(format!("cannot back up {location}"), &error))?;
-            path.to_str()
-                .ok_or_else(|| Problem::usage(format!("the path of {} is not UTF-8", path.display())))?
-                .to_owned()
-        };
-        specs.push(SourceSpec { disk, location });
+        let (disk, location) = parse_source(source)?;
+        specs.push(SourceSpec { disk: disk.unwrap_or_else(|| format!("disk{number}")), location });
     }
     Ok(specs)
+}
+
+/// The disk that a source is named for, if it is, and where it is.
+pub fn parse_source(source: &str) -> Result<(Option<String>, String), Problem> {
+    let named = source.split_once('=').filter(|(name, _)| check_name("disk", name).is_ok() && !is_uri(source));
+    let (disk, location) = match named {
+        // A file whose own name has an equals sign is meant as it stands.
+        Some(_) if Path::new(source).exists() => (None, source),
+        Some((name, location)) => (Some(name.to_owned()), location),
+        None => (None, source),
+    };
+    if location.is_empty() {
+        return Err(Problem::usage(format!("source `{source}` names no file")));
+    }
+    let location = if is_uri(location) {
+        absolute_certificates(location)?
+    } else {
+        refuse_live(location)?;
+        let path = std::path::absolute(location)
+            .map_err(|error| Problem::failed(format!("cannot back up {location}"), &error))?;
+        path.to_str().ok_or_else(|| Problem::usage(format!("the path of {} is not UTF-8", path.display())))?.to_owned()
+    };
+    Ok((disk, location))
 }
 
 fn is_uri(text: &str) -> bool {

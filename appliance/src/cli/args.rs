@@ -294,7 +294,8 @@ pub struct Verify {
     /// With --repair: another copy of this repository
     #[arg(long = "copy", requires = "repair", value_name = "URL")]
     pub copies: Vec<String>,
-    /// With --repair: a disk image or NBD URI that holds the data, or most of it, of whatever point and disk
+    /// With --repair: a disk image or NBD URI that holds the data, or most of it, of whatever point; with a name only
+    /// the disks that are called so are repaired from it
     #[arg(long = "source", requires = "repair", value_name = "[DISK=]IMAGE")]
     pub sources: Vec<String>,
 }

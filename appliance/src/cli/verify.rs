@@ -5,7 +5,7 @@ use super::connect::Door;
 use super::{progress, render};
 use crate::catalog::spec::short_id;
 use crate::problem::{Handling, Kind, Problem};
-use crate::verify::{Hit, VerifyRequest, VerifyResult};
+use crate::verify::{Hit, RepairSource, VerifyRequest, VerifyResult};
 
 /// Disks and ranges that are printed for one object.
 const HITS_SHOWN: usize = 10;
@@ -24,7 +24,7 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
         hash_only: args.hash_only,
         repair: args.repair,
         copies: args.copies.iter().map(|copy| crate::app::repository_path(copy)).collect::<Result<_, _>>()?,
-        sources: crate::capture::parse_sources(&args.sources)?,
+        sources: args.sources.iter().map(|source| repair_source(source)).collect::<Result<_, _>>()?,
     };
     let result = progress::run(&door.client, "/api/v1/verify", &request).await?;
     let result: VerifyResult =
@@ -91,6 +91,11 @@ pub async fn run(door: &Door, global: &Global, args: &Verify) -> Result<(), Prob
         "`verify --repair` stores data anew where it can be had; so does a backup that meets it; what is not named still restores"
     })
     .handled(Handling::AnswerTold))
+}
+
+fn repair_source(source: &str) -> Result<RepairSource, Problem> {
+    let (disk, location) = crate::capture::parse_source(source)?;
+    Ok(RepairSource { disk, location })
 }
 
 fn told(hit: &Hit) -> String {

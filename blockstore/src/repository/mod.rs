@@ -25,7 +25,7 @@ pub use open::{InitError, OpenError};
 pub(crate) use open::{read_config, read_slot};
 pub use protect::{PointError, Protected};
 pub(crate) use protect::{damaged_protection, read_protection};
-pub use repair::{RepairError, RepairReport, RepairSources};
+pub use repair::{RepairError, RepairImage, RepairReport, RepairSources};
 pub use slots::{KeyError, KeySlot, Rotated, SlotKind, SlotState};
 pub use verify::{Affected, Damage, DataCheck, VerifyError, VerifyOptions, VerifyReport};
 

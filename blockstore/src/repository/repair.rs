@@ -6,14 +6,14 @@
 //! 1. a copy of the repository: the whole pack, by its name, if its bytes hash to it;
 //! 2. the repository itself, where the frame is good though its pack is not;
 //! 3. a copy of the repository: the chunk, by its id, from whatever pack holds it there;
-//! 4. an image that holds the data: its chunks are hashed, those that are wanted are taken, and if it is a whole disk of a
+//! 4. an image that holds the data, of any disk or of the disk it is named for: its chunks are hashed, those that are wanted are taken, and if it is a whole disk of a
 //!    point, the nodes of its manifest, too.
 //!
 //! Nothing is taken that does not hash to the wanted name or id. Durable order, as in a backup: packs, then the index run
 //! that names them. A crash in between leaves packs that no run names. A damaged pack that nothing needs any more keeps
 //! its marker, so that no backup relies on it; one that was put back loses it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
@@ -35,6 +35,7 @@ use crate::pack::buffer::PackBuffer;
 use crate::pack::builder::{Compressor, PackBuilder, Payload};
 use crate::pack::damaged::DamagedPacks;
 use crate::pack::fetch::Fetcher;
+use crate::point::RecoveryPoint;
 use crate::progress::Progress;
 use crate::storage::{Object, Storage};
 
@@ -49,7 +50,15 @@ pub struct RepairSources {
     /// Copies of this repository.
     pub copies: Vec<Arc<dyn Storage>>,
     /// Disks that may hold the data.
-    pub images: Vec<Box<dyn Source>>,
+    pub images: Vec<RepairImage>,
+}
+
+/// A disk that may hold what is lost.
+pub struct RepairImage {
+    /// The only disk of recovery points that it is used for, by its name; every one when none is given.
+    pub disk: Option<String>,
+    /// Its data.
+    pub source: Box<dyn Source>,
 }
 
 /// What a repair did.
@@ -78,6 +87,14 @@ pub enum RepairError {
     /// It is another repository.
     #[error("the copy belongs to another repository")]
     OtherRepository,
+    /// An image is for a disk that there is not.
+    #[error("no recovery point that is verified has a disk called {disk}")]
+    NoSuchDisk {
+        /// The name asked for.
+        disk: String,
+        /// The names there are.
+        known: Vec<String>,
+    },
     /// An image cannot be read.
     #[error("cannot read the image at offset {offset}")]
     Image {
@@ -111,7 +128,9 @@ impl Repository {
         // As a backup does: what it stores is named by no point yet, and must not be collected.
         let _lease = self.lease(LeaseKind::Backup, "repair", &[])?;
         let mut verifier = Verifier::begin(self, options, progress)?;
-        verifier.run()?;
+        verifier.load()?;
+        expect_disks(&verifier.points, &sources.images)?;
+        verifier.look()?;
         let mut report = RepairReport::default();
         let mut done = HashSet::new();
         for _ in 0..ROUNDS_MAX {
@@ -132,7 +151,16 @@ impl Repository {
                 if wanted.is_empty() {
                     break;
                 }
-                self.mend_from_image(&**image, &mut wanted, &mut mender, progress)?;
+                let Some(disk) = &image.disk else {
+                    self.mend_from_image(&*image.source, &mut wanted, &mut mender, progress)?;
+                    continue;
+                };
+                let of_disk = verifier.wanted_of(disk, &wanted)?;
+                let mut left = of_disk.clone();
+                if !of_disk.is_empty() {
+                    self.mend_from_image(&*image.source, &mut left, &mut mender, progress)?;
+                }
+                wanted.retain(|id, _| left.contains_key(id) || !of_disk.contains_key(id));
             }
             let mended = mender.finish()?;
             report.chunks += mended;
@@ -283,6 +311,18 @@ impl Fetcher {
                 Ok((0..FAN_OUT).flat_map(|at| node.child(at).0).collect())
             }
         }
+    }
+}
+
+/// Before anything is done: a name that is written wrong would be an image that repairs nothing.
+fn expect_disks(points: &[RecoveryPoint], images: &[RepairImage]) -> Result<(), RepairError> {
+    let known: BTreeSet<&str> = points.iter().flat_map(|point| &point.disks).map(|disk| disk.name.as_str()).collect();
+    match images.iter().filter_map(|image| image.disk.as_deref()).find(|disk| !known.contains(disk)) {
+        None => Ok(()),
+        Some(disk) => Err(RepairError::NoSuchDisk {
+            disk: disk.to_owned(),
+            known: known.into_iter().map(str::to_owned).collect(),
+        }),
     }
 }
 

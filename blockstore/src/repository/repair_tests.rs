@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use super::test_support::*;
 use super::*;
-use crate::backup::Source;
 use crate::disk::Folder;
 use crate::sim::SimFolder;
 use crate::storage::ObjectKind;
@@ -38,10 +37,14 @@ fn copy_of(folder: &SimFolder) -> SimFolder {
     copy
 }
 
+fn whole(bytes: &[u8]) -> RepairImage {
+    RepairImage { disk: None, source: Box::new(MemorySource::new(bytes.to_vec())) }
+}
+
 fn repair(folder: &SimFolder, copies: &[&SimFolder], images: &[&[u8]]) -> RepairReport {
     let sources = RepairSources {
         copies: copies.iter().map(|copy| sim_storage(copy)).collect(),
-        images: images.iter().map(|bytes| Box::new(MemorySource::new(bytes.to_vec())) as Box<dyn Source>).collect(),
+        images: images.iter().map(|bytes| whole(bytes)).collect(),
     };
     let options = VerifyOptions { data: DataCheck::All, ..VerifyOptions::default() };
     open_repository(folder).repair(options, &sources, &Progress::new()).expect("completes")
@@ -161,10 +164,7 @@ fn a_crash_at_any_operation_of_a_repair_leaves_it_to_be_done_again() {
     }
     let image = &points[1].1;
     let run = |folder: &SimFolder| {
-        let sources = RepairSources {
-            copies: vec![],
-            images: vec![Box::new(MemorySource::new(points[0].1.clone())), Box::new(MemorySource::new(image.clone()))],
-        };
+        let sources = RepairSources { copies: vec![], images: vec![whole(&points[0].1), whole(image)] };
         let opened = Repository::open(sim_storage(folder), Some(&key(1)), 4 << 20);
         opened.is_ok_and(|opened| opened.repair(VerifyOptions::default(), &sources, &Progress::new()).is_ok())
     };

@@ -22,6 +22,8 @@ use super::Repository;
 use super::repair::Wanted;
 use crate::error::ReadError;
 use crate::id::{ChunkId, IdHash, PackId, RecoveryPointId};
+use crate::index::seen::Seen;
+use crate::manifest::{FAN_OUT, Shape};
 use crate::pack::verified::VerifiedPacks;
 use crate::point::RecoveryPoint;
 use crate::progress::Progress;
@@ -229,11 +231,16 @@ impl<'a> Verifier<'a> {
 
     /// Looks at everything; [`Verifier::finish`] says what was found.
     pub fn run(&mut self) -> Result<(), VerifyError> {
+        self.load()?;
+        self.look()
+    }
+
+    /// What stands at the beginning; [`Verifier::look`] goes on to what the points need.
+    pub fn load(&mut self) -> Result<(), VerifyError> {
         self.check_head()?;
         self.check_index()?;
         self.load_points()?;
-        self.check_protections()?;
-        self.look()
+        self.check_protections()
     }
 
     /// After something was stored: what stands now.
@@ -246,6 +253,29 @@ impl<'a> Verifier<'a> {
     pub fn wanted(&self) -> Wanted {
         let bad = self.bad.iter().map(|(id, blame)| (*id, blame.level));
         bad.chain(self.fragile.iter().map(|(id, level)| (*id, *level))).collect()
+    }
+
+    /// Those of `wanted` that stand in a disk of this name, of whatever point; below a node that cannot be read nothing is
+    /// known to stand.
+    pub fn wanted_of(&self, disk: &str, wanted: &Wanted) -> Result<Wanted, VerifyError> {
+        let fetcher = self.repository.fetcher();
+        let (seen, mut found) = (Seen::new(&fetcher.index), Wanted::default());
+        for disk in self.points.iter().flat_map(|point| &point.disks).filter(|found| found.name == disk) {
+            let Some(shape) = Shape::of(disk.size, disk.chunk_size) else { continue }; // refused when loaded
+            let mut below = vec![(disk.root, Some(shape.levels - 1))];
+            while let Some((id, level)) = below.pop() {
+                if let Some(level) = wanted.get(&id) {
+                    found.insert(id, *level);
+                }
+                let Some(level) = level.filter(|_| !id.is_zero() && !seen.contains(&id)) else { continue };
+                self.stop_if_cancelled()?;
+                seen.insert(&id);
+                let Ok(node) = fetcher.node(&id, level) else { continue };
+                let children = (0..FAN_OUT).map(|at| node.child(at)).filter(|child| !child.is_zero());
+                below.extend(children.map(|child| (child, level.checked_sub(1))));
+            }
+        }
+        Ok(found)
     }
 
     /// Packs that something was wanted of and that are missing, cut or damaged.
@@ -264,7 +294,7 @@ impl<'a> Verifier<'a> {
         self.wrong.remove(&pack);
     }
 
-    fn look(&mut self) -> Result<(), VerifyError> {
+    pub fn look(&mut self) -> Result<(), VerifyError> {
         self.walk()?;
         for _ in 0..WALKS_MAX {
             if self.wrong.is_empty() || !self.index_changed()? {
