@@ -1,6 +1,7 @@
 //! Lifeboat boots a virtual machine straight from its backup. This crate is the program: its operations ([`api`]),
 //! the command line that asks for them ([`cli`]), and what joins the libraries that carry them ([`exports`]).
 
+pub mod admission;
 pub mod api;
 pub mod app;
 pub mod capture;

@@ -19,6 +19,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::{Deserialize, Serialize};
 
+use crate::admission::{Capacity, Terms};
 use crate::app::App;
 use crate::capture::{self, BackupRequest};
 use crate::catalog::{ListedPoint, Listing};
@@ -66,6 +67,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/api/v1/verify", post(verify_repository))
         .route("/api/v1/collect", post(collect_repository))
         .route("/api/v1/exports", post(export))
+        .route("/api/v1/host", get(host))
         .route("/api/v1/recoveries", get(list_recoveries).post(recover))
         .route("/api/v1/recoveries/{name}", get(show_recovery).delete(discard))
         .route("/api/v1/recoveries/{name}/start", post(start))
@@ -225,19 +227,41 @@ async fn show_recovery(State(app): Shared, Path(name): Path<String>) -> Answer<R
     app.recoveries.view(&name).map(Json)
 }
 
+#[derive(Debug, Deserialize)]
+struct AdmissionQuery {
+    #[serde(default)]
+    admission: Terms,
+}
+
+async fn host(State(app): Shared) -> Answer<Capacity> {
+    app.recoveries.capacity().map(Json)
+}
+
 /// Starting and ending a recovery go on to their end even when the asker goes away.
-async fn recover(State(app): Shared, Body(request): Body<RecoverRequest>) -> Result<Response, Problem> {
-    let work = tokio::spawn(async move {
-        let (resolving, spec) = (app.clone(), request.point.clone());
-        let point = blocking(move || resolving.resolve(&spec)).await?;
-        app.recoveries.start(&point, request).await
-    });
+async fn recover(
+    State(app): Shared,
+    Query(query): Query<AdmissionQuery>,
+    Body(request): Body<RecoverRequest>,
+) -> Result<Response, Problem> {
+    let (resolving, spec) = (app.clone(), request.point.clone());
+    let point = blocking(move || resolving.resolve(&spec)).await?;
+    // An asker who goes away no longer waits for memory.
+    let grant = app.recoveries.admit(&point, &request, query.admission).await?;
+    let work = tokio::spawn(async move { app.recoveries.start(&point, request, grant).await });
     let view = work.await.map_err(|error| Problem::failed("the recovery ended badly", &error))??;
     Ok((StatusCode::CREATED, Json(view)).into_response())
 }
 
-async fn start(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
-    let work = tokio::spawn(async move { app.recoveries.start_vm(&name).await });
+async fn start(
+    State(app): Shared,
+    Query(query): Query<AdmissionQuery>,
+    Path(name): Path<String>,
+) -> Answer<RecoveryView> {
+    let terms = match query.admission {
+        Terms::Queue => return Err(Problem::usage("a VM that is started again does not wait for memory")),
+        terms => terms,
+    };
+    let work = tokio::spawn(async move { app.recoveries.start_vm(&name, terms).await });
     work.await.map_err(|error| Problem::failed("the start ended badly", &error))?.map(Json)
 }
 

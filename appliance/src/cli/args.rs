@@ -127,12 +127,14 @@ pub enum Command {
     Mount(Mount),
     /// Boot a machine straight from a recovery point
     Recover(Recover),
+    /// Show what this host carries, and how many more VMs it could
+    Status,
     /// List running recoveries
     Recoveries(Recoveries),
     /// Show one recovery
     Recovery(Recovery),
     /// Start the VM of a recovery again, on all that it has written
-    Start(Name),
+    Start(Start),
     /// Copy a recovery's disks to production storage while its guest runs
     Rehydrate(Rehydrate),
     /// Move a rehydrated guest onto production storage, without a reboot
@@ -497,6 +499,12 @@ pub struct Recover {
     /// How disks are attached: virtio-blk, virtio-scsi, sata or ide
     #[arg(long, default_value = "virtio-blk")]
     pub bus: String,
+    /// If the host has not enough memory, wait for it, first in first out; an interrupt gives the place up
+    #[arg(long)]
+    pub queue: bool,
+    /// Start even if the host has not enough memory or space
+    #[arg(long, conflicts_with = "queue")]
+    pub force: bool,
     /// Wait this many seconds for the guest's first console output, to report when it came
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
     pub wait: u64,
@@ -547,6 +555,16 @@ pub struct Rehydrate {
     /// Give it up: the guest stays on its overlay, and files made for this are removed
     #[arg(long, conflicts_with = "to")]
     pub cancel: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Start {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+    /// Start even if the host has not enough memory or space
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Debug, Args)]

@@ -191,6 +191,7 @@ fn describe(command: &Command) -> String {
         Command::Mount(args) => format!("mount {}", args.places.first().map_or("", String::as_str)),
         Command::Find(args) => format!("find {}", args.place),
         Command::Recover(args) => format!("recover {}", args.point),
+        Command::Status => "status".to_owned(),
         Command::Recoveries(_) => "recoveries".to_owned(),
         Command::Recovery(args) => format!("recovery {}", args.name),
         Command::Start(args) => format!("start {}", args.name),

@@ -9,6 +9,7 @@ mod cp;
 mod export;
 mod extract;
 mod files;
+mod host;
 mod keys;
 mod mount;
 mod points;
@@ -154,6 +155,7 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Mount(args) => mount::run(door, global, args).await,
         Command::Cp(args) => cp::run(door, global, args).await,
         Command::Recover(args) => recover::run(door, global, args).await,
+        Command::Status => host::show(door, global).await,
         Command::Recoveries(args) if args.watch => watch::all(door, global).await,
         Command::Recoveries(_) => recover::list(door, global).await,
         Command::Recovery(args) if args.watch => watch::one(door, global, &args.name).await,

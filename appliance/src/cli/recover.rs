@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use axum::http::Method;
 
-use super::args::{Global, Name, Recover, Recovery};
+use super::args::{Global, Name, Recover, Recovery, Start};
 use super::client::segment;
 use super::connect::{Door, NOTHING};
-use super::render;
+use super::{host, render};
 use crate::catalog::spec::short_id;
 use crate::problem::Problem;
 use crate::recovery::{DiskView, HypervisorKind, RecoverRequest, RecoveryView, RehydrationView};
@@ -29,7 +29,21 @@ pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Pro
         machine_type: args.machine_type.clone(),
         bus: args.bus.clone(),
     };
-    let started: RecoveryView = door.client.call(Method::POST, "/api/v1/recoveries", Some(&request)).await?;
+    let terms = if args.queue {
+        "queue"
+    } else if args.force {
+        "force"
+    } else {
+        "check"
+    };
+    let path = format!("/api/v1/recoveries?admission={terms}");
+    let started: RecoveryView = tokio::select! {
+        started = door.client.call(Method::POST, &path, Some(&request)) => started?,
+        problem = host::wait(door), if args.queue => return Err(problem),
+    };
+    for warning in &started.warnings {
+        render::note(&format!("warning: {warning}"));
+    }
     let view = wait_for_console(door, started, Duration::from_secs(args.wait)).await?;
     if global.json {
         render::json(&view);
@@ -195,7 +209,7 @@ pub async fn list(door: &Door, global: &Global) -> Result<(), Problem> {
         return Ok(());
     }
     render::lines(&list_lines(&views));
-    Ok(())
+    host::footer(door).await
 }
 
 /// The recoveries as a table, and what is wrong with any.
@@ -257,9 +271,13 @@ pub async fn show(door: &Door, global: &Global, args: &Recovery) -> Result<(), P
     Ok(())
 }
 
-pub async fn start(door: &Door, global: &Global, args: &Name) -> Result<(), Problem> {
-    let path = format!("/api/v1/recoveries/{}/start", segment(&args.name));
+pub async fn start(door: &Door, global: &Global, args: &Start) -> Result<(), Problem> {
+    let terms = if args.force { "force" } else { "check" };
+    let path = format!("/api/v1/recoveries/{}/start?admission={terms}", segment(&args.name));
     let view: RecoveryView = door.client.call(Method::POST, &path, NOTHING).await?;
+    for warning in &view.warnings {
+        render::note(&format!("warning: {warning}"));
+    }
     if global.json {
         render::json(&view);
     } else {

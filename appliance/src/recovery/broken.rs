@@ -32,6 +32,7 @@ pub fn view(name: &str, problem: &Problem) -> RecoveryView {
         rehydration: None,
         next: vec!["discard".to_owned()],
         timings: Timings::default(),
+        warnings: Vec::new(),
     }
 }
 

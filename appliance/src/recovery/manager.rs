@@ -12,6 +12,7 @@ use super::moving::Order;
 use super::one::{Context, Definition, Recovery};
 use super::state::State;
 use super::{HypervisorKind, RecoverRequest, RecoveryView};
+use crate::admission::{self, Admission, Capacity, Grant, Holder, Terms};
 use crate::catalog::PointSummary;
 use crate::problem::Problem;
 use crate::rehydrate::RehydrateRequest;
@@ -24,6 +25,7 @@ const RETRY: Duration = Duration::from_secs(5);
 pub struct Recoveries {
     context: Arc<Context>,
     known: Mutex<Known>,
+    admission: Arc<Admission>,
 }
 
 #[derive(Debug, Default)]
@@ -36,7 +38,7 @@ struct Known {
 impl Recoveries {
     /// No recovery is known until [`Recoveries::take_up`].
     pub fn new(context: Context) -> Recoveries {
-        Recoveries { context: Arc::new(context), known: Mutex::default() }
+        Recoveries { context: Arc::new(context), known: Mutex::default(), admission: Arc::default() }
     }
 
     /// Takes up every recovery of the state folder: exports are served again and VMs adopted. One that cannot be is
@@ -62,10 +64,49 @@ impl Recoveries {
         self.lock().recoveries.retain(|_, recovery| recovery.view().state != State::Discarded);
     }
 
-    /// Starts a recovery of `point`.
+    /// What this host carries, and could carry.
+    pub fn capacity(&self) -> Result<Capacity, Problem> {
+        let (granted, waiting) = self.admission.known();
+        self.add_up(granted, waiting)
+    }
+
+    fn add_up(&self, granted: Vec<Holder>, waiting: Vec<Holder>) -> Result<Capacity, Problem> {
+        let host = admission::host::read(self.context.state.root())?;
+        let mut holders: Vec<Holder> =
+            self.lock().recoveries.values().filter_map(|recovery| recovery.holds()).collect();
+        // Between its start and the end of its request a VM is known twice.
+        let new = granted.into_iter().filter(|new| holders.iter().all(|holder| holder.name != new.name));
+        let new: Vec<Holder> = new.collect();
+        holders.extend(new);
+        Ok(Capacity::new(host, holders, waiting))
+    }
+
+    /// Keeps room on the host for a recovery of `point`, or waits for it, as `terms` say. Dropped, it no longer waits.
+    pub async fn admit(&self, point: &PointSummary, request: &RecoverRequest, terms: Terms) -> Result<Grant, Problem> {
+        let name = request.name.as_deref().unwrap_or(&point.machine);
+        crate::capture::check_name("recovery", name)?;
+        super::machine::check(request)?;
+        self.refuse_known(&self.lock(), name)?;
+        self.admission.admit(name, request.ask(), terms, |granted, waiting| self.add_up(granted, waiting)).await
+    }
+
+    fn refuse_known(&self, known: &Known, name: &str) -> Result<(), Problem> {
+        if let Some(there) = known.recoveries.get(name) {
+            return Err(Problem::refused(format!("recovery {name} exists already and is {}", there.view().state))
+                .hint(format!("give another --name, or end it with `lifeboat discard {name}`")));
+        }
+        known.broken.get(name).map_or(Ok(()), |problem| Err(problem.clone()))
+    }
+
+    /// Starts a recovery of `point`, for which room is kept.
     ///
     /// One that does not come up is taken away again before the failure is returned, unless it was not new.
-    pub async fn start(&self, point: &PointSummary, request: RecoverRequest) -> Result<RecoveryView, Problem> {
+    pub async fn start(
+        &self,
+        point: &PointSummary,
+        request: RecoverRequest,
+        grant: Grant,
+    ) -> Result<RecoveryView, Problem> {
         let name = request.name.clone().unwrap_or_else(|| point.machine.clone());
         crate::capture::check_name("recovery", &name)?;
         super::machine::check(&request)?;
@@ -78,19 +119,13 @@ impl Recoveries {
         };
         let recovery = {
             let mut known = self.lock();
-            if let Some(there) = known.recoveries.get(&name) {
-                return Err(Problem::refused(format!("recovery {name} exists already and is {}", there.view().state))
-                    .hint(format!("give another --name, or end it with `lifeboat discard {name}`")));
-            }
-            if let Some(problem) = known.broken.get(&name) {
-                return Err(problem.clone());
-            }
+            self.refuse_known(&known, &name)?;
             let recovery = Recovery::create(self.context.clone(), definition)?;
             known.recoveries.insert(name.clone(), recovery.clone());
             recovery
         };
         match recovery.bring_up().await {
-            Ok(()) => Ok(recovery.view()),
+            Ok(()) => Ok(RecoveryView { warnings: grant.warnings.clone(), ..recovery.view() }),
             Err(problem) => {
                 match recovery.discard().await {
                     Ok(()) => {
@@ -120,10 +155,17 @@ impl Recoveries {
     }
 
     /// Starts the VM of a recovery again after it has ended.
-    pub async fn start_vm(&self, name: &str) -> Result<RecoveryView, Problem> {
+    pub async fn start_vm(&self, name: &str, terms: Terms) -> Result<RecoveryView, Problem> {
         let recovery = self.get(name)?;
+        if recovery.holds().is_some() {
+            // It runs, which is what the refusal says.
+            recovery.start_again().await?;
+            return Ok(recovery.view());
+        }
+        let capacity = |granted, waiting| self.add_up(granted, waiting);
+        let grant = self.admission.admit(name, recovery.ask(), terms, capacity).await?;
         recovery.start_again().await?;
-        Ok(recovery.view())
+        Ok(RecoveryView { warnings: grant.warnings.clone(), ..recovery.view() })
     }
 
     /// One recovery.
@@ -181,7 +223,8 @@ impl Recoveries {
 
     /// Whether any recovery needs this process, or its successor, to serve it.
     pub fn any_live(&self) -> bool {
-        self.lock().recoveries.values().any(|recovery| is_live(recovery.view().state))
+        let waits = !self.admission.known().1.is_empty();
+        waits || self.lock().recoveries.values().any(|recovery| is_live(recovery.view().state))
     }
 
     /// Stops serving everything, for the next process to take up.

@@ -14,6 +14,7 @@ mod watch;
 
 use serde::{Deserialize, Serialize};
 
+use crate::admission::Ask;
 use crate::rehydrate::Mode;
 use crate::statistics::Served;
 
@@ -59,6 +60,16 @@ pub struct RecoverRequest {
     pub bus: String,
 }
 
+impl RecoverRequest {
+    /// What its VM takes of the host.
+    pub fn ask(&self) -> Ask {
+        match self.on {
+            HypervisorKind::Qemu => Ask { memory: self.memory, cpus: self.cpus },
+            HypervisorKind::None => Ask { memory: 0, cpus: 0 },
+        }
+    }
+}
+
 /// A recovery as the API shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RecoveryView {
@@ -96,6 +107,9 @@ pub struct RecoveryView {
     pub next: Vec<String>,
     /// How long things took.
     pub timings: Timings,
+    /// What was odd about the host when the VM was started, in the answer to that.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// A rehydration as the API shows it.

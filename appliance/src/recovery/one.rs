@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 use super::journal::Journal;
 use super::state::{Action, Event, State};
 use super::{DiskView, HypervisorKind, RecoverRequest, RecoveryView, Timings, watch};
+use crate::admission::{Ask, Holder, host};
 use crate::catalog::DiskSummary;
 use crate::disks::{self, OpenOverlay};
 use crate::exports::{FirstRead, OverlayExport};
@@ -394,6 +395,7 @@ impl Recovery {
             rehydration: super::moving::view(&shown),
             next: shown.state.next_steps().iter().map(|step| (*step).to_owned()).collect(),
             timings,
+            warnings: Vec::new(),
         }
     }
 
@@ -638,6 +640,17 @@ impl Recovery {
     /// Where a socket of this recovery lies.
     pub(super) fn socket(&self, name: &str) -> PathBuf {
         self.context.state.short_path(self.dir.join(name))
+    }
+
+    /// What its VM holds of the host, while it lives.
+    pub(super) fn holds(&self) -> Option<Holder> {
+        let pid = self.lock().pid?;
+        Some(Holder { name: self.definition.name.clone(), ask: self.ask(), resident: host::resident(pid) })
+    }
+
+    /// What its VM takes.
+    pub(super) fn ask(&self) -> Ask {
+        self.definition.request.ask()
     }
 
     /// The exports, while they are served.
