@@ -199,7 +199,7 @@ fn a_commit_that_is_killed_leaves_no_point_no_file_and_the_recovery_as_it_was() 
         let had = points(&sandbox);
         let commit = sandbox.start(&["commit", "vm"]);
         let recovery = sandbox.path("state/recoveries/vm");
-        std::thread::sleep(Duration::from_millis(20 + 35 * round));
+        std::thread::sleep(Duration::from_millis(40 * round));
         // What it replaces is put aside.
         let client = connect(&sandbox.json(&["recovery", "vm"])["disks"][0]["nbd_uri"]);
         let new = noise(100 + round, 3 * 4096);
