@@ -79,7 +79,7 @@ echo system_powerdown >"$place/monitor"
 wait "$machine" || die "the machine ended badly"
 kill "$holder" 2>/dev/null || true
 wait "$holder" 2>/dev/null || true
-tr -d '\r' <"$production" | grep LIFEBOAT-GUEST | head -n 6
+tr -d '\r' <"$production" | grep LIFEBOAT-GUEST | sed -n 1,6p
 echo "... $(grep -c 'LIFEBOAT-GUEST: seq' "$production") records written and synced, then powered off"
 
 say "The second backup stores what has changed"
@@ -96,7 +96,7 @@ wait_for "$console" 'LIFEBOAT-GUEST: up'
 up=$(since "$began")
 wait_for "$console" 'LIFEBOAT-GUEST: seq' 20
 working=$(since "$began")
-tr -d '\r' <"$console" | grep LIFEBOAT-GUEST | head -n 8
+tr -d '\r' <"$console" | grep LIFEBOAT-GUEST | sed -n 1,8p
 
 say "Lifeboat is killed with kill -9 while the guest writes"
 before=$(last_seq)

@@ -87,9 +87,9 @@ backports_choice() {
     [[ $installed == *~bpo* ]] || return 0
     wanted=$(upstream_version "$installed")
     codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
-    if ! apt-cache madison qemu-system-x86 | awk '{print $3}' | grep -q -- '~bpo'; then
+    if ! apt-cache madison qemu-system-x86 | awk '{print $3}' | grep -- '~bpo' >/dev/null; then
         uri=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME) $(COMPONENT)' 'Created-By: Packages' \
-            | awk -v codename="$codename" '$2 == codename && $3 == "main" { print $1; exit }')
+            | awk -v codename="$codename" '$2 == codename && $3 == "main" && !found++ { print $1 }')
         [ -n "$uri" ] || die "qemu-utils $installed came from backports, and no source for $codename is configured"
         say "qemu-utils $installed came from backports: adding $codename-backports to the package sources"
         as_root tee /etc/apt/sources.list.d/lifeboat-backports.sources >/dev/null <<SOURCE

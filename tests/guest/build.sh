@@ -33,7 +33,7 @@ as_root() {
 kernel_package() {
     local meta package
     for meta in linux-image-cloud-amd64 linux-image-virtual; do
-        package=$(apt-cache depends "$meta" 2>/dev/null | awk '/Depends: linux-image-[0-9]/ { print $2; exit }')
+        package=$(apt-cache depends "$meta" 2>/dev/null | awk '/Depends: linux-image-[0-9]/ && !found++ { print $2 }')
         if [ -n "$package" ]; then echo "$package"; return; fi
     done
     return 1
@@ -244,7 +244,7 @@ TABLE
 
 build() {
     busybox=$(command -v busybox) || die "busybox is missing; run tests/deps.sh"
-    "$busybox" --list | grep -qx httpd || die "$busybox is not the full one of the package busybox-static"
+    "$busybox" --list | grep -x httpd >/dev/null || die "$busybox is not the full one of the package busybox-static"
     fetch_kernel
     fetch_agent
     make_witness
