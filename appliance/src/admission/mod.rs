@@ -144,8 +144,10 @@ impl Capacity {
                 mib(self.reserve)
             ))
             .hint(format!("give it less with --memory; {anyway}")),
-            Refusal::Turn { before } => Problem::refused(format!("{title}: {before} others wait for memory before it"))
-                .hint(format!("--queue waits behind them; {anyway}")),
+            Refusal::Turn { before } => {
+                Problem::refused(format!("{title}: requests that wait for memory before it: {before}"))
+                    .hint(format!("--queue waits behind them; {anyway}"))
+            }
             Refusal::Memory { needed } => {
                 let hold = |holder: &Holder| format!("{} holds {}", holder.name, mib(holder.ask.memory));
                 let holders: Vec<String> = self.holders.iter().map(hold).collect();
@@ -155,7 +157,7 @@ impl Capacity {
                     mib(needed),
                     mib(self.room)
                 ))
-                .hint(format!("{give}, or wait for memory with --queue; {anyway}"))
+                .hint(format!("{give}, or wait for memory with `recover --queue`; {anyway}"))
             }
         }
     }
