@@ -426,6 +426,7 @@ fn open_one(
         regions: Arc::new(regions),
         checkpoint,
         copied: AtomicU64::new(0),
+        data: AtomicU64::new(0),
         busy: AtomicU64::new(0),
         differences: AtomicU64::new(0),
     })

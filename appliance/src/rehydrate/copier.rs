@@ -43,7 +43,9 @@ pub struct Move {
     pub checkpoint: PathBuf,
     /// Bytes copied since the process began to copy.
     pub copied: AtomicU64,
-    /// Nanoseconds that the threads spent on that, without what the pace had them wait.
+    /// Bytes of that which are no holes.
+    pub data: AtomicU64,
+    /// Nanoseconds that the threads spent on copying, without what the pace had them wait.
     pub busy: AtomicU64,
     /// Comparisons that failed since the last that did not.
     pub differences: AtomicU64,
@@ -114,11 +116,12 @@ impl Move {
         ((regions.total() - regions.open()) * REGION).min(self.size)
     }
 
-    /// How long what is open would take to copy without a limit, by what was measured so far on one thread.
+    /// How long what is open would take to copy without a limit, by what one thread has needed for data so far; as good
+    /// as for ever while it has copied none.
     pub fn time_left(&self) -> Duration {
-        let copied = self.copied.load(Ordering::Relaxed).max(1);
         let nanos = u128::from(self.busy.load(Ordering::Relaxed)) * u128::from(self.regions.open() * REGION);
-        Duration::from_nanos(u64::try_from(nanos / u128::from(copied)).unwrap_or(u64::MAX))
+        let each = nanos.checked_div(u128::from(self.data.load(Ordering::Relaxed)));
+        Duration::from_nanos(each.and_then(|nanos| u64::try_from(nanos).ok()).unwrap_or(u64::MAX))
     }
 
     /// Goes once over the regions of a kind with several threads, until none is left, one fails, or `stop`.
@@ -216,6 +219,7 @@ impl Move {
             match segment {
                 Segment::Data(bytes) => {
                     self.target.write_at(offset, &bytes).map_err(write)?;
+                    self.data.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     offset += bytes.len() as u64;
                 }
                 Segment::Hole(length) => {

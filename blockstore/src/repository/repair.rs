@@ -6,8 +6,8 @@
 //! 1. a copy of the repository: the whole pack, by its name, if its bytes hash to it;
 //! 2. the repository itself, where the frame is good though its pack is not;
 //! 3. a copy of the repository: the chunk, by its id, from whatever pack holds it there;
-//! 4. an image that holds the data, of any disk or of the disk it is named for: its chunks are hashed, those that are wanted are taken, and if it is a whole disk of a
-//!    point, the nodes of its manifest, too.
+//! 4. an image that holds the data, of any disk or of the disk it is named for: its chunks are hashed, those that are
+//!    wanted are taken, and if it is a whole disk of a point, the nodes of its manifest, too.
 //!
 //! Nothing is taken that does not hash to the wanted name or id. Durable order, as in a backup: packs, then the index run
 //! that names them. A crash in between leaves packs that no run names. A damaged pack that nothing needs any more keeps
