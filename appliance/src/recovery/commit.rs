@@ -7,7 +7,8 @@ use std::time::Instant;
 use blockstore::{Consistency, PointDetails, Progress, RecoveryPoint};
 use serde::{Deserialize, Serialize};
 
-use super::one::{Record, Recovery};
+use super::one::Recovery;
+use super::record::Record;
 use crate::capture::{BackupResult, check_labels};
 use crate::disks;
 use crate::frozen::{self, Frozen};

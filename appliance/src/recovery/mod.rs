@@ -9,7 +9,11 @@ mod machine;
 pub mod manager;
 mod moving;
 mod one;
+mod record;
+mod serving;
 pub mod state;
+mod view;
+mod vm;
 mod watch;
 
 use serde::{Deserialize, Serialize};

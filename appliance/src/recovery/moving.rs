@@ -10,10 +10,11 @@ use hypervisor::{DiskSource, MachineDefinition};
 use nbd_server::{Endpoint, NbdUri};
 use serde::{Deserialize, Serialize};
 
+use super::HypervisorKind;
 use super::journal::{Journal, JournalError};
-use super::one::{Driver, Record, Recovery, Shown};
+use super::one::{Driver, Recovery};
+use super::record::Record;
 use super::state::{Event, State};
-use super::{HypervisorKind, RehydrationView};
 use crate::problem::Problem;
 use crate::rehydrate::{
     self, CopyError, LiveDisk, Move, Opening, Phase, Place, Plan, Regions, RehydrateRequest, Stream,
@@ -38,42 +39,6 @@ pub enum Order {
     Resume,
     /// Give it up; the recovery stays on its overlay.
     Cancel,
-}
-
-/// What is shown of a rehydration.
-pub(super) fn view(shown: &Shown) -> Option<RehydrationView> {
-    let plan = shown.plan.as_ref()?;
-    if shown.state == State::CutOver {
-        return None;
-    }
-    let mut view = RehydrationView {
-        mode: plan.mode,
-        phase: "held".to_owned(),
-        limit: plan.limit,
-        rate: 0,
-        left: 0,
-        seconds_left: None,
-        dirty_rate: 0,
-        latency_us: None,
-    };
-    let Some(moving) = &shown.moving else { return Some(view) };
-    let progress = moving.progress();
-    view.left = moving.moves().iter().map(|one| one.size - one.hydrated()).sum();
-    view.phase = match progress.phase {
-        Phase::Copying => "copying",
-        Phase::Ready => "ready",
-        Phase::Retrying(_) => "retrying",
-        Phase::Held(_) => "held",
-    }
-    .to_owned();
-    // A rate is shown in whole bytes; it is never negative, and saturates.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes, shown")]
-    let whole = |rate: f64| rate.max(0.0) as u64;
-    view.rate = whole(progress.rate);
-    view.dirty_rate = whole(progress.dirty_rate);
-    view.latency_us = progress.latency_us;
-    view.seconds_left = view.left.checked_div(view.rate).filter(|_| view.phase == "copying");
-    Some(view)
 }
 
 /// Follows the copying: enters ready-for-cutover, notes what holds it.
