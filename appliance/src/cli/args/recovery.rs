@@ -1,0 +1,130 @@
+//! Recoveries.
+
+use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
+
+use super::parse_size;
+
+#[derive(Debug, Args)]
+pub struct Recover {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub point: String,
+    /// What the recovery is called [default: the machine]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// `qemu` starts a VM; `none` only serves the disks
+    #[arg(long, default_value = "qemu")]
+    pub on: String,
+    /// The guest's memory
+    #[arg(long, default_value = "2G", value_name = "SIZE", value_parser = parse_size)]
+    pub memory: u64,
+    /// The guest's CPUs
+    #[arg(long, default_value_t = 2)]
+    pub cpus: u32,
+    /// none, user, isolated or bridge:NAME
+    #[arg(long, default_value = "none")]
+    pub network: String,
+    /// auto, kvm or tcg
+    #[arg(long, default_value = "auto", env = "LIFEBOAT_ACCEL")]
+    pub accel: String,
+    /// auto looks at the first disk; else bios or uefi
+    #[arg(long, default_value = "auto")]
+    pub firmware: String,
+    /// QEMU's machine type
+    #[arg(long, default_value = "q35")]
+    pub machine_type: String,
+    /// How disks are attached: virtio-blk, virtio-scsi, sata or ide
+    #[arg(long, default_value = "virtio-blk")]
+    pub bus: String,
+    /// If the host has not enough memory, wait for it, first in first out; an interrupt gives the place up
+    #[arg(long)]
+    pub queue: bool,
+    /// Start even if the host has not enough memory or space
+    #[arg(long, conflicts_with = "queue")]
+    pub force: bool,
+    /// Wait this many seconds for the guest's first console output, to report when it came
+    #[arg(long, default_value_t = 20, value_name = "SECONDS")]
+    pub wait: u64,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The point is of the recovery's machine, holds all its disks as they were at one instant, and is as consistent as after a\n\
+power cut. Only what the guest has changed is read. The recovery goes on as before.")]
+pub struct Commit {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+    /// Keep KEY=VALUE with the recovery point
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub labels: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Rehydrate {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+    /// Where to: a file, a block device, or an nbd:// or nbd+unix:// URI; DISK=TARGET for each of several disks
+    #[arg(long = "to", num_args = 1.., value_name = "[DISK=]TARGET", required_unless_present_any = ["pause", "resume", "cancel"])]
+    pub to: Vec<String>,
+    /// stream: Lifeboat copies, whoever uses the disks
+    #[arg(long, value_parser = ["stream"])]
+    pub mode: Option<String>,
+    /// `raw` or `qcow2` [default: by the target's ending, else raw]
+    #[arg(long, value_parser = ["raw", "qcow2"])]
+    pub format: Option<String>,
+    /// Bytes a second at most
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub limit: Option<u64>,
+    /// Replace files that exist and write to block devices
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Return at once; the copying goes on
+    #[arg(long)]
+    pub detach: bool,
+    /// Copy nothing for now
+    #[arg(long, conflicts_with_all = ["to", "resume", "cancel"])]
+    pub pause: bool,
+    /// Copy again, after a pause or a failure of the target
+    #[arg(long, conflicts_with_all = ["to", "cancel"])]
+    pub resume: bool,
+    /// Give it up: the guest stays on its overlay, and files made for this are removed
+    #[arg(long, conflicts_with = "to")]
+    pub cancel: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Start {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+    /// Start even if the host has not enough memory or space
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Recoveries {
+    /// Follow them until interrupted: on a terminal in place, else a line for every change, with --json the whole list
+    #[arg(long)]
+    pub watch: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Recovery {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+    /// Follow it until interrupted or it is gone: on a terminal in place, else a line for every change
+    #[arg(long)]
+    pub watch: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Name {
+    /// What the recovery is called
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub name: String,
+}

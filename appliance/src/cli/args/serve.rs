@@ -1,0 +1,54 @@
+//! Serving disks without a VM, and the service.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
+
+#[derive(Debug, Args)]
+pub struct Export {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub point: String,
+    /// Only this disk [default: all]
+    #[arg(long)]
+    pub disk: Option<String>,
+    /// unix:PATH or tcp:ADDRESS:PORT (without TLS loopback only; port 0 takes a free one)
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: String,
+    /// Refuse writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// Keep what is written in this folder, and go on with what it holds [default: a throw-away overlay]
+    #[arg(long, value_name = "DIR")]
+    pub overlay: Option<PathBuf>,
+    /// Serve with TLS only, by ca-cert.pem, server-cert.pem and server-key.pem in this folder (and ca-crl.pem if it is
+    /// there); clients must have a certificate of that authority
+    #[arg(long, value_name = "DIR")]
+    pub tls_dir: Option<PathBuf>,
+    /// Only for clients whose certificate is for this name; may be repeated [default: all of the authority's]
+    #[arg(long = "tls-client", value_name = "NAME", requires = "tls_dir")]
+    pub tls_clients: Vec<String>,
+    /// Let everybody in who can connect, with TLS but without a certificate
+    #[arg(long, requires = "tls_dir", conflicts_with = "tls_clients")]
+    pub tls_anonymous_clients: bool,
+    /// Serve other machines without TLS, readable and writable for whoever reaches the address: repeat what --listen says
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "tls_dir")]
+    pub insecure_tcp: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Tls {
+    /// The authority's folder; made if there is none
+    pub dir: PathBuf,
+    /// Make certificates for a host, as server and as client: its name, and further names and addresses it goes by
+    #[arg(long = "host", required = true, value_name = "NAME[,NAME...]")]
+    pub hosts: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Started by another command: end when there is nothing left to serve
+    #[arg(long, hide = true)]
+    pub background: bool,
+}
