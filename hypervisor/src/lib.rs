@@ -10,6 +10,7 @@
 
 mod definition;
 mod machine;
+mod mirror;
 pub mod qemu;
 
 pub use definition::{
@@ -17,6 +18,7 @@ pub use definition::{
     MachineDefinition, MachineDisk, MachineFiles, Network,
 };
 pub use machine::{Exit, Hypervisor, IoErrorEvent, Machine, MachineError, MachineEvent, Pending, Status, Subscription};
+pub use mirror::{Copying, DiskLoad, MirrorError, MirrorProgress, MirrorState, Mirroring, Side};
 pub use qemu::{AdoptError, Qemu, QemuHypervisor, StartError};
 
 /// The message types of the QEMU machine protocol and of the guest agent, for callers of

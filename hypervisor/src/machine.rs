@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::broadcast;
 
 use crate::definition::MachineDefinition;
+use crate::mirror::Mirroring;
 use crate::qemu::{AdoptError, StartError};
 
 /// A future that can cross threads, boxed so that the traits stay usable as objects.
@@ -29,7 +30,7 @@ pub trait Hypervisor: Send + Sync {
 }
 
 /// A machine that was started. Dropping the value leaves it running.
-pub trait Machine: Send + Sync + fmt::Debug {
+pub trait Machine: Mirroring + Send + Sync + fmt::Debug {
     /// The process that is the machine, where there is one.
     fn pid(&self) -> Option<u32>;
 
@@ -146,6 +147,11 @@ pub enum MachineEvent {
     PowerButton,
     /// A disk request failed.
     IoError(IoErrorEvent),
+    /// The mirror of a disk has come to another state: see [`Mirroring::mirror_state`].
+    Mirror {
+        /// The position in the definition.
+        disk: usize,
+    },
     /// The guest's kernel panicked.
     GuestPanicked,
     /// The guest agent's channel was opened or closed from inside.

@@ -121,6 +121,14 @@ pub(super) fn block_node(name: &str, source: &DiskSource, reconnect: u32) -> Val
     node
 }
 
+/// Whether a disk is reached through an NBD server.
+pub(super) fn is_network(source: &DiskSource) -> bool {
+    match source {
+        DiskSource::Export { .. } | DiskSource::Remote { .. } => true,
+        DiskSource::Raw(_) | DiskSource::Device(_) | DiskSource::Qcow2(_) => false,
+    }
+}
+
 fn file(driver: &str, path: &Path) -> Value {
     json!({ "driver": driver, "filename": text(path), "discard": "unmap" })
 }

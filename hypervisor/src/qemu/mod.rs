@@ -7,6 +7,7 @@
 pub mod command_line;
 pub mod firmware;
 pub mod guest_agent;
+mod mirror;
 pub mod probe;
 mod process;
 pub mod qmp;
@@ -23,6 +24,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Mutex, broadcast};
 use tracing::{debug, info, warn};
 
+use self::mirror::Faults;
 use self::probe::Acceleration;
 use self::process::Process;
 use self::qmp::{Client, CommandError, Occurrence};
@@ -51,6 +53,7 @@ pub struct Qemu {
     process: Process,
     control: Mutex<Arc<Client>>,
     events: broadcast::Sender<MachineEvent>,
+    faults: Faults,
     acceleration: Acceleration,
 }
 
@@ -151,8 +154,10 @@ impl Qemu {
         });
         let (events, _) = broadcast::channel(EVENTS_MAX);
         let client = Arc::new(client);
-        forward(&client, events.clone());
-        Ok(Some(Qemu { definition: definition.clone(), process, control: Mutex::new(client), events, acceleration }))
+        let faults = Faults::default();
+        forward(&client, events.clone(), faults.clone());
+        let (definition, control) = (definition.clone(), Mutex::new(client));
+        Ok(Some(Qemu { definition, process, control, events, faults, acceleration }))
     }
 
     /// The definition it was started from.
@@ -324,7 +329,7 @@ impl Qemu {
         }
         info!(machine = self.definition.name, "control connection opened again");
         let client = Arc::new(client);
-        forward(&client, self.events.clone());
+        forward(&client, self.events.clone(), self.faults.clone());
         *control = Arc::clone(&client);
         Ok(client)
     }
@@ -366,12 +371,15 @@ fn process_by_pid_file(definition: &MachineDefinition) -> Result<Option<Process>
 }
 
 /// Passes a connection's events on, until it ends.
-fn forward(client: &Client, events: broadcast::Sender<MachineEvent>) {
+fn forward(client: &Client, events: broadcast::Sender<MachineEvent>, faults: Faults) {
     let mut occurrences = client.events_from_start();
     tokio::spawn(async move {
         loop {
             let event = match occurrences.recv().await {
-                Ok(occurrence) => machine_event(occurrence),
+                Ok(occurrence) => {
+                    mirror::note_fault(&faults, &occurrence);
+                    machine_event(occurrence)
+                }
                 Err(broadcast::error::RecvError::Lagged(count)) => MachineEvent::Missed(count),
                 Err(broadcast::error::RecvError::Closed) => return,
             };
@@ -393,13 +401,20 @@ fn machine_event(Occurrence { name, data, .. }: Occurrence) -> MachineEvent {
         "POWERDOWN" => MachineEvent::PowerButton,
         "GUEST_PANICKED" => MachineEvent::GuestPanicked,
         "BLOCK_IO_ERROR" => MachineEvent::IoError(IoErrorEvent {
-            disk: text("node-name"),
+            disk: mirror::disk_of_node(&text("node-name")).to_owned(),
             write: text("operation") == "write",
             no_space: flag("nospace"),
             paused: text("action") == "stop",
             reason: text("reason"),
         }),
         "VSERPORT_CHANGE" => MachineEvent::GuestAgent { connected: flag("open") },
+        "JOB_STATUS_CHANGE" | "BLOCK_JOB_ERROR" => {
+            let job = if name == "BLOCK_JOB_ERROR" { text("device") } else { text("id") };
+            match mirror::disk_of_job(&job) {
+                Some(disk) => MachineEvent::Mirror { disk },
+                None => MachineEvent::Other { name, data },
+            }
+        }
         _ => MachineEvent::Other { name, data },
     }
 }
