@@ -407,10 +407,10 @@ impl blockstore::Target for ImageTarget<'_> {
     }
 }
 
-/// An image that a restore has written, to be compared.
-pub struct WrittenImage(pub Box<dyn images::DiskImage>);
+/// A disk that a restore has written, to be compared.
+pub struct WrittenDisk(pub Box<dyn blockstore::Source>);
 
-impl blockstore::Target for WrittenImage {
+impl blockstore::Target for WrittenDisk {
     fn write_at(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
         Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }

@@ -4,6 +4,7 @@
 pub mod admission;
 pub mod api;
 pub mod app;
+mod blocks;
 pub mod capture;
 pub mod catalog;
 mod causes;
@@ -21,6 +22,7 @@ mod keys;
 pub mod log;
 pub mod problem;
 pub mod publish;
+mod qemu_nbd;
 pub mod recovery;
 pub mod rehydrate;
 pub mod restore;

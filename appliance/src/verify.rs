@@ -209,7 +209,9 @@ fn open_sources(request: &VerifyRequest) -> Result<RepairSources, Problem> {
     for source in &request.sources {
         let disk = source.disk.clone().unwrap_or_else(|| "whatever it is".to_owned());
         let spec = SourceSpec { disk, location: source.location.clone() };
-        sources.images.push(RepairImage { disk: source.disk.clone(), source: crate::capture::open_source(&spec)? });
+        sources
+            .images
+            .push(RepairImage { disk: source.disk.clone(), source: crate::capture::open_source(&spec, None)? });
     }
     Ok(sources)
 }

@@ -24,7 +24,9 @@ use std::path::Path;
 
 pub use cache::Cached;
 pub use error::{OpenError, TargetError};
-pub use target::{ImageTarget, Overwrite, TargetFormat, create_raw, create_target, open_in_place, resume_target};
+pub use target::{
+    ImageTarget, Overwrite, Staging, TargetFormat, create_raw, create_target, open_in_place, resume_target,
+};
 
 /// A disk image that can be read from several threads at once.
 pub trait DiskImage: Send + Sync {

@@ -142,6 +142,42 @@ fn several_disks_of_odd_sizes_and_formats_are_one_point() {
 }
 
 #[test]
+fn an_ova_is_backed_up_with_all_its_disks() {
+    if !have(&["qemu-img", "qemu-nbd", "tar"]) {
+        return;
+    }
+    let sandbox = Sandbox::with_repository();
+    for (name, seed) in [("one", 1), ("two", 2)] {
+        let raw = sandbox.name(&format!("{name}.raw"));
+        fill(&File::create(&raw).unwrap(), seed, 0, 5 * MIB);
+        let image = sandbox.name(&format!("{name}.vmdk"));
+        tool("qemu-img", &["convert", "-O", "vmdk", "-o", "subformat=streamOptimized", &raw, &image]);
+    }
+    let description = "<Envelope xmlns='http://schemas.dmtf.org/ovf/envelope/1' \
+        xmlns:ovf='http://schemas.dmtf.org/ovf/envelope/1'><References><File ovf:href='one.vmdk' ovf:id='f1'/>\
+        <File ovf:href='two.vmdk' ovf:id='f2'/></References><DiskSection><Disk ovf:diskId='d2' ovf:fileRef='f2'/>\
+        <Disk ovf:diskId='d1' ovf:fileRef='f1'/></DiskSection></Envelope>";
+    std::fs::write(sandbox.path("m.ovf"), description).unwrap();
+    let dir = sandbox.name("");
+    let ova = sandbox.name("m.ova");
+    tool("tar", &["-C", &dir, "--format=ustar", "-cf", &ova, "m.ovf", "one.vmdk", "two.vmdk"]);
+    sandbox.ok(&["backup", "appliance", &ova]);
+    sandbox.ok(&["restore", "appliance", "--to", &format!("disk0={dir}/a"), &format!("disk1={dir}/b")]);
+    assert_same_bytes(&sandbox.path("a"), &sandbox.path("two.raw"));
+    assert_same_bytes(&sandbox.path("b"), &sandbox.path("one.raw"));
+
+    // Cut off, no tar at all, beside another disk.
+    let whole = std::fs::read(&ova).unwrap();
+    for (bytes, why) in [(&whole[..whole.len() / 2], "cut off"), (&whole[600..], "tar"), (&[][..], "no .ovf")] {
+        std::fs::write(sandbox.path("bad.ova"), bytes).unwrap();
+        let complaint = sandbox.fails(2, &["backup", "bad", &sandbox.name("bad.ova")]);
+        assert!(complaint.contains(why), "{complaint}");
+    }
+    sandbox.fails(2, &["backup", "bad", &ova, &sandbox.name("one.raw")]);
+    sandbox.fails(4, &["points", "bad"]);
+}
+
+#[test]
 fn a_block_device_is_backed_up_and_restored_to() {
     if !have(&["losetup"]) {
         return;

@@ -3,8 +3,9 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::{Child, Command};
 
-use lifeboat_tests::{Sandbox, noise, wait_until};
+use lifeboat_tests::{Sandbox, have, noise, tool, wait_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -99,4 +100,86 @@ fn a_restore_that_was_killed_is_taken_up_where_it_stopped() {
     assert!(unfinished().is_none());
     sandbox.fails(5, &["restore", "web01", "--to", &target, "--resume"]);
     sandbox.ok(&["verify", "--read-data"]);
+}
+
+#[test]
+fn a_disk_is_written_in_the_formats_of_other_hypervisors() {
+    if !have(&["qemu-img", "qemu-nbd"]) {
+        return;
+    }
+    let (sandbox, mut disk) = with_disk(32 * MIB + 1000, 4 * MIB);
+    disk.resize(disk.len().next_multiple_of(512), 0);
+    for (ending, format) in [("vmdk", "vmdk"), ("vhdx", "vhdx"), ("vhd", "vpc"), ("vdi", "vdi")] {
+        let image = sandbox.name(&format!("out.{ending}"));
+        let restored = sandbox.json(&["restore", "web01", "--to", &image, "--verify"]);
+        assert_eq!(restored["disks"][0]["target"], *image, "{restored}");
+        let raw = sandbox.name("back.raw");
+        tool("qemu-img", &["convert", "-f", format, "-O", "raw", &image, &raw]);
+        let back = fs::read(&raw).unwrap();
+        assert!(back[..disk.len()] == disk && back[disk.len()..].iter().all(|byte| *byte == 0), "{ending}");
+        assert!(fs::metadata(&image).unwrap().blocks() * 512 < 24 * MIB, "{ending} is not sparse");
+
+        // What is there stays unless told otherwise, and what fails leaves nothing.
+        assert!(sandbox.fails(5, &["restore", "web01", "--to", &image]).contains("--overwrite"));
+        sandbox.ok(&["restore", "web01", "--to", &image, "--overwrite"]);
+        sandbox.fails(2, &["restore", "web01", "--to", &image, "--in-place"]);
+    }
+    let left = fs::read_dir(sandbox.path("")).unwrap().flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().contains(".lifeboat-")).collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(sandbox.fails(2, &["restore", "web01", "--to", &sandbox.name("x.ova")]).contains("vmdk"));
+}
+
+/// An nbdkit that serves until it is dropped.
+struct Nbdkit(Child);
+
+impl Nbdkit {
+    fn start(sandbox: &Sandbox, socket: &str, args: &[&str]) -> (Nbdkit, String) {
+        let socket = sandbox.path(socket);
+        let child = Command::new("nbdkit").args(["--foreground", "--unix"]).arg(&socket).args(args).spawn().unwrap();
+        let server = Nbdkit(child);
+        wait_until("nbdkit listens", || socket.exists());
+        (server, format!("nbd+unix:///?socket={}", socket.display()))
+    }
+}
+
+impl Drop for Nbdkit {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_disk_is_restored_to_an_export() {
+    if !have(&["nbdkit"]) {
+        return;
+    }
+    let (sandbox, disk) = with_disk(16 * MIB + 512, 4 * MIB);
+    // Larger than the disk, full of something else, and one server that cannot be asked for zeroes.
+    fs::write(sandbox.path("there"), noise(7, 20 << 20)).unwrap();
+    let there = sandbox.name("there");
+    let (_plain, uri) = Nbdkit::start(&sandbox, "plain.sock", &["file", &there]);
+    sandbox.ok(&["restore", "web01", "--to", &uri, "--verify"]);
+    assert!(fs::read(&there).unwrap().starts_with(&disk));
+    fs::write(&there, noise(8, 20 << 20)).unwrap();
+    let (_poor, poor) =
+        Nbdkit::start(&sandbox, "poor.sock", &["--filter=nozero", "--filter=noextents", "file", &there]);
+    sandbox.ok(&["restore", "web01", "--to", &format!("disk0={poor}")]);
+    assert!(fs::read(&there).unwrap().starts_with(&disk));
+
+    File::options().write(true).open(&there).unwrap().write_all_at(&[0x5a; 512], 5 * 65536).unwrap();
+    let restored = sandbox.json(&["restore", "web01", "--to", &uri, "--in-place", "--verify"]);
+    assert_eq!(restored["disks"][0]["written"], 65536, "{restored}");
+    assert!(fs::read(&there).unwrap().starts_with(&disk));
+
+    // Too small, read-only, not an export, a format that an export does not have.
+    fs::write(sandbox.path("small"), noise(9, 1 << 20)).unwrap();
+    let small = sandbox.name("small");
+    let (_small, small) = Nbdkit::start(&sandbox, "small.sock", &["file", &small]);
+    assert!(sandbox.fails(5, &["restore", "web01", "--to", &small]).contains("1048576"));
+    let (_closed, closed) = Nbdkit::start(&sandbox, "closed.sock", &["--readonly", "file", &there]);
+    assert!(sandbox.fails(1, &["restore", "web01", "--to", &closed]).contains("read-only"));
+    sandbox.fails(1, &["restore", "web01", "--to", "nbd+unix:///?socket=/nowhere"]);
+    sandbox.fails(2, &["restore", "web01", "--to", &uri, "--format", "qcow2"]);
 }

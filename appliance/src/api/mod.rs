@@ -169,7 +169,7 @@ async fn restore_point(
     let resolving = app.clone();
     let point = blocking(move || resolving.resolve(&point)).await?;
     let plan = restore::plan(&point, &request)?;
-    for target in plan.targets() {
+    for target in plan.files() {
         app.refuse_own_folder(target)?;
     }
     let jobs = app.jobs.clone();

@@ -1,22 +1,24 @@
 //! Backup: opens the sources of a machine's disks and stores them as one recovery point.
 
-mod qemu_nbd;
+mod ova;
 mod source;
 
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use blockstore::{Consistency, PointDetails, Progress, RecoveryPoint, Repository, Source};
 use serde::{Deserialize, Serialize};
 
-pub use source::{parse_source, parse_sources};
+pub(crate) use source::absolute_certificates;
+pub use source::{NbdSource, is_uri, parse_source, parse_sources};
 
 use crate::problem::{Kind, Problem};
 
-/// Opens a disk to read it.
-pub fn open_source(spec: &SourceSpec) -> Result<Box<dyn Source>, Problem> {
-    source::open(spec, None)
+/// Opens a disk to read it; what format it has is found out by looking where it is not given.
+pub fn open_source(spec: &SourceSpec, format: Option<&str>) -> Result<Box<dyn Source>, Problem> {
+    source::open(spec, format)
 }
 
 /// Longest machine, disk or label name.
@@ -119,6 +121,26 @@ pub fn check_name(what: &str, name: &str) -> Result<(), Problem> {
     Ok(())
 }
 
+/// Disks with their names.
+type NamedSources = Vec<(String, Box<dyn Source>)>;
+
+/// Opens all disks of a machine.
+fn open_all(request: &BackupRequest) -> Result<NamedSources, Problem> {
+    let named = |spec: &SourceSpec| Ok((spec.disk.clone(), source::open(spec, request.format.as_deref())?));
+    let ova = request.sources.iter().find(|spec| request.format.is_none() && ova::is_ova(&spec.location));
+    let Some(spec) = ova else { return request.sources.iter().map(named).collect() };
+    let path = Path::new(&spec.location);
+    if request.sources.len() > 1 {
+        return Err(Problem::usage(format!("{} holds all disks of a machine", path.display()))
+            .hint("back it up by itself, or unpack it with tar and name its disks"));
+    }
+    let disks = ova::open(path)?;
+    if disks.len() == 1 {
+        return Ok(disks.into_iter().map(|disk| (spec.disk.clone(), disk)).collect());
+    }
+    Ok(disks.into_iter().enumerate().map(|(number, disk)| (format!("disk{number}"), disk)).collect())
+}
+
 /// Backs up a machine. A failure leaves no recovery point.
 pub fn back_up(
     repository: &Repository,
@@ -128,10 +150,7 @@ pub fn back_up(
 ) -> Result<BackupResult, Problem> {
     request.check()?;
     let started = Instant::now();
-    let mut sources: Vec<(&str, Box<dyn Source>)> = Vec::with_capacity(request.sources.len());
-    for spec in &request.sources {
-        sources.push((&spec.disk, source::open(spec, request.format.as_deref())?));
-    }
+    let sources = open_all(request)?;
     progress.expect(sources.iter().fold(0, |sum, (_, source)| sum.saturating_add(source.size())));
     let failed = |error: &blockstore::BackupError| Problem::from_backup(&request.machine, error);
     let mut backup =

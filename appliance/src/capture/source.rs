@@ -7,11 +7,13 @@ use std::sync::{Mutex, PoisonError};
 
 use blockstore::Source;
 use nbd_server::export::ExtentKind;
-use nbd_server::{BlockingClient, ClientError, ClientOptions, NbdUri};
+use nbd_server::{BlockingClient, ClientOptions, NbdUri};
 
-use super::{SourceSpec, check_name, qemu_nbd};
+use super::{SourceSpec, check_name};
+use crate::blocks;
 use crate::exports::ImageSource;
 use crate::problem::Problem;
+use crate::qemu_nbd;
 
 /// Bytes whose allocation is asked for at a time.
 const STATUS_WINDOW: u64 = 1 << 30;
@@ -51,12 +53,13 @@ pub fn parse_source(source: &str) -> Result<(Option<String>, String), Problem> {
     Ok((disk, location))
 }
 
-fn is_uri(text: &str) -> bool {
+/// Whether this is the URI of an NBD export.
+pub fn is_uri(text: &str) -> bool {
     ["nbd://", "nbd+unix://", "nbds://", "nbds+unix://"].iter().any(|scheme| text.starts_with(scheme))
 }
 
 /// The folder of certificates is this process's, and another may do the work.
-fn absolute_certificates(location: &str) -> Result<String, Problem> {
+pub(crate) fn absolute_certificates(location: &str) -> Result<String, Problem> {
     // What cannot be read is refused where it is used.
     let Ok(mut uri) = location.parse::<NbdUri>() else { return Ok(location.to_owned()) };
     let Some(folder) = uri.tls.as_mut().and_then(|tls| tls.certificates.as_mut()) else {
@@ -130,14 +133,14 @@ impl NbdSource {
         Ok(NbdSource { uri: uri.clone(), size: client.size(), idle: Mutex::new(vec![client]) })
     }
 
-    fn with_client<T>(&self, work: impl FnOnce(&BlockingClient) -> Result<T, ClientError>) -> io::Result<T> {
+    fn with_client<T>(&self, work: impl FnOnce(&BlockingClient) -> io::Result<T>) -> io::Result<T> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let client = match idle {
             Some(client) => client,
             None => connect(&self.uri)?,
         };
         // A connection that failed is not used again.
-        let result = work(&client).map_err(io::Error::other)?;
+        let result = work(&client)?;
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(client);
         Ok(result)
     }
@@ -152,7 +155,7 @@ impl Source for NbdSource {
         self.with_client(|client| {
             let mut at = offset;
             for part in buf.chunks_mut(READ_MAX) {
-                client.read(at, part)?;
+                blocks::read(client, at, part)?;
                 at += part.len() as u64;
             }
             Ok(())
@@ -163,7 +166,7 @@ impl Source for NbdSource {
         let mut at = offset;
         while at < self.size {
             let window = STATUS_WINDOW.min(self.size - at);
-            let extents = self.with_client(|client| client.block_status(at, window))?;
+            let extents = self.with_client(|client| client.block_status(at, window).map_err(io::Error::other))?;
             for extent in extents {
                 let end = (at + extent.length).min(self.size);
                 if extent.kind == ExtentKind::Data && end > at {

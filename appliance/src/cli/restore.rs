@@ -36,7 +36,7 @@ pub async fn run(door: &Door, global: &Global, args: &Restore) -> Result<(), Pro
         render::line(&format!(
             "restored {} to {} ({}, {how}{})",
             disk.name,
-            disk.target.display(),
+            disk.target,
             render::bytes(disk.size),
             if disk.verified { "; read back and compared" } else { "" }
         ));

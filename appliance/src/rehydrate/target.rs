@@ -12,6 +12,8 @@ use rustix::fs::{Advice, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::blocks;
+
 /// Zeroes are written in steps of this where they cannot be asked for.
 const ZERO_STEP: usize = 1 << 20;
 /// A range that is compared or served is at most this long.
@@ -233,18 +235,15 @@ impl NbdProduction {
 
 impl Production for NbdProduction {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.client.read(offset, buf).map_err(io::Error::other)
+        blocks::read(&self.client, offset, buf)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.client.write(offset, data).map_err(io::Error::other)
+        blocks::write(&self.client, offset, data)
     }
 
     fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> io::Result<()> {
-        match self.client.write_zeroes(offset, length, mode) {
-            Ok(()) => Ok(()),
-            Err(_) => write_zeroes(offset, length, |at, zeroes| self.write_at(at, zeroes)),
-        }
+        blocks::zero(&self.client, offset, length, mode)
     }
 
     fn sync(&self) -> io::Result<()> {

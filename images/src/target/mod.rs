@@ -13,6 +13,7 @@
 mod direct;
 mod qcow2;
 mod raw;
+mod staging;
 mod temporary;
 
 use std::io;
@@ -24,6 +25,8 @@ use crate::TargetError;
 
 use self::qcow2::Qcow2Target;
 use self::raw::RawTarget;
+
+pub use self::staging::Staging;
 
 /// What a target is written as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,22 +82,30 @@ pub fn create_target(
     overwrite: Overwrite,
 ) -> Result<Box<dyn ImageTarget>, TargetError> {
     let io_error = |source| TargetError::Io { path: path.to_owned(), source };
-    match std::fs::metadata(path) {
-        Ok(there) if there.file_type().is_block_device() => {
-            return device(path, format, size, overwrite);
-        }
-        Ok(there) if !there.is_file() => {
-            let reason = "it is neither a file nor a block device";
-            return Err(TargetError::Unfit { path: path.to_owned(), format: format.name(), reason });
-        }
-        Ok(_) if overwrite == Overwrite::Refuse => return Err(TargetError::Exists { path: path.to_owned() }),
-        Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(io_error(error)),
+    if format == TargetFormat::Raw && is_device(path) {
+        return device(path, size, overwrite);
     }
+    check_place(path, format.name(), overwrite)?;
     match format {
         TargetFormat::Raw => Ok(Box::new(RawTarget::file(path, size, overwrite).map_err(io_error)?)),
         TargetFormat::Qcow2 => Ok(Box::new(Qcow2Target::create(path, size, overwrite).map_err(io_error)?)),
+    }
+}
+
+fn is_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|there| there.file_type().is_block_device())
+}
+
+/// Refuses what no file of `format` can be made in place of.
+fn check_place(path: &Path, format: &'static str, overwrite: Overwrite) -> Result<(), TargetError> {
+    let unfit = |reason| TargetError::Unfit { path: path.to_owned(), format, reason };
+    match std::fs::metadata(path) {
+        Ok(there) if there.file_type().is_block_device() => Err(unfit("on a block device only raw is written")),
+        Ok(there) if !there.is_file() => Err(unfit("it is neither a file nor a block device")),
+        Ok(_) if overwrite == Overwrite::Refuse => Err(TargetError::Exists { path: path.to_owned() }),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(TargetError::Io { path: path.to_owned(), source }),
     }
 }
 
@@ -105,7 +116,7 @@ pub fn open_in_place(path: &Path, size: u64) -> Result<Box<dyn ImageTarget>, Tar
     let unfit = |reason| TargetError::Unfit { path: path.to_owned(), format: TargetFormat::Raw.name(), reason };
     let there = std::fs::metadata(path).map_err(io_error)?;
     if there.file_type().is_block_device() {
-        return device(path, TargetFormat::Raw, size, Overwrite::Replace);
+        return device(path, size, Overwrite::Replace);
     }
     if !there.is_file() {
         return Err(unfit("it is neither a file nor a block device"));
@@ -124,19 +135,10 @@ pub fn resume_target(
     overwrite: Overwrite,
 ) -> Result<(Box<dyn ImageTarget>, bool), TargetError> {
     let io_error = |source| TargetError::Io { path: path.to_owned(), source };
-    match std::fs::metadata(path) {
-        Ok(there) if there.file_type().is_block_device() => {
-            return Ok((device(path, TargetFormat::Raw, size, overwrite)?, true));
-        }
-        Ok(_) if overwrite == Overwrite::Refuse => return Err(TargetError::Exists { path: path.to_owned() }),
-        Ok(there) if !there.is_file() => {
-            let reason = "it is neither a file nor a block device";
-            return Err(TargetError::Unfit { path: path.to_owned(), format: TargetFormat::Raw.name(), reason });
-        }
-        Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(io_error(error)),
+    if is_device(path) {
+        return Ok((device(path, size, overwrite)?, true));
     }
+    check_place(path, TargetFormat::Raw.name(), overwrite)?;
     let (target, resumed) = RawTarget::resume(path, size, overwrite).map_err(io_error)?;
     Ok((Box::new(target), resumed))
 }
@@ -155,16 +157,7 @@ impl TargetFormat {
     }
 }
 
-fn device(
-    path: &Path,
-    format: TargetFormat,
-    size: u64,
-    overwrite: Overwrite,
-) -> Result<Box<dyn ImageTarget>, TargetError> {
-    if format == TargetFormat::Qcow2 {
-        let reason = "on a block device only raw is written";
-        return Err(TargetError::Unfit { path: path.to_owned(), format: format.name(), reason });
-    }
+fn device(path: &Path, size: u64, overwrite: Overwrite) -> Result<Box<dyn ImageTarget>, TargetError> {
     if overwrite == Overwrite::Refuse {
         return Err(TargetError::Exists { path: path.to_owned() });
     }

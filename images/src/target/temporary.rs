@@ -40,31 +40,24 @@ pub(super) struct Temporary {
 impl Temporary {
     /// Creates it beside its final name. A symbolic link there is followed: what it leads to is replaced, not the link.
     pub(super) fn create(name: &Path, overwrite: Overwrite) -> io::Result<Temporary> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
         let name = final_name(name)?;
         let base = name.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         remove_leftovers(&name, base);
         loop {
-            let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-            let temporary = name.with_file_name(temporary_name(base, std::process::id(), number));
+            let temporary = name.with_file_name(temporary_name(base, std::process::id(), next_number()));
             let file = match File::options().read(true).write(true).create_new(true).open(&temporary) {
                 Ok(file) => file,
                 // Left by an earlier process with our number.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(error),
             };
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                // A file system without locks: nobody takes the file for a leftover there.
-                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK | Errno::INVAL) => {}
-                // Somebody takes it for a leftover right now.
-                Err(Errno::WOULDBLOCK) => continue,
+            match own(&file, &temporary) {
+                Ok(true) => {}
+                Ok(false) => continue,
                 Err(error) => {
                     fs::remove_file(&temporary)?;
-                    return Err(error.into());
+                    return Err(error);
                 }
-            }
-            if !is_named(&file, &temporary)? {
-                continue;
             }
             let created = Temporary { file, temporary, name: name.clone(), overwrite, published: false, kept: false };
             if let Ok(replaced) = fs::metadata(&name) {
@@ -108,20 +101,46 @@ impl Temporary {
     /// Durable order: the content, the name, the folder.
     pub(super) fn publish(mut self) -> io::Result<()> {
         self.file.sync_all()?;
-        match self.overwrite {
-            Overwrite::Replace => fs::rename(&self.temporary, &self.name)?,
-            Overwrite::Refuse => {
-                // A link replaces nothing, whoever made a file of this name meanwhile.
-                fs::hard_link(&self.temporary, &self.name)?;
-                fs::remove_file(&self.temporary)?;
-            }
-        }
+        give_name(&self.temporary, &self.name, self.overwrite)?;
         self.published = true;
-        File::open(self.name.parent().unwrap_or(Path::new("/")))?.sync_all()
+        sync_folder_of(&self.name)
     }
 }
 
-fn temporary_name(base: &OsStr, process: u32, number: u64) -> OsString {
+/// Renames a synced file. The new name is durable once the folder is synced.
+pub(super) fn give_name(temporary: &Path, name: &Path, overwrite: Overwrite) -> io::Result<()> {
+    match overwrite {
+        Overwrite::Replace => fs::rename(temporary, name),
+        Overwrite::Refuse => {
+            // A link replaces nothing, whoever made a file of this name meanwhile.
+            fs::hard_link(temporary, name)?;
+            fs::remove_file(temporary)
+        }
+    }
+}
+
+pub(super) fn sync_folder_of(name: &Path) -> io::Result<()> {
+    File::open(name.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+/// Distinguishes the temporary names of one process.
+pub(super) fn next_number() -> u64 {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    COUNTER.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Locks what was just made at `path`, and tells whether it is still there.
+pub(super) fn own(made: &File, path: &Path) -> io::Result<bool> {
+    match flock(made, FlockOperation::NonBlockingLockExclusive) {
+        // A file system without locks: nobody takes it for a leftover there.
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK | Errno::INVAL) => is_named(made, path),
+        // Somebody takes it for a leftover right now.
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(super) fn temporary_name(base: &OsStr, process: u32, number: u64) -> OsString {
     let ending = format!("{MARK}{process}-{number}");
     let kept = base.as_bytes().get(..NAME_MAX - ending.len()).unwrap_or(base.as_bytes());
     let mut name = OsString::from(OsStr::from_bytes(kept));
@@ -141,7 +160,7 @@ fn is_temporary_of(base: &OsStr, name: &OsStr) -> bool {
 }
 
 /// Removes what killed processes left of this target. Nothing hangs on it: what cannot be removed stays.
-fn remove_leftovers(name: &Path, base: &OsStr) {
+pub(super) fn remove_leftovers(name: &Path, base: &OsStr) {
     let Some(Ok(entries)) = name.parent().map(fs::read_dir) else { return };
     for entry in entries.flatten().filter(|entry| is_temporary_of(base, &entry.file_name())) {
         let path = entry.path();
@@ -153,7 +172,7 @@ fn remove_leftovers(name: &Path, base: &OsStr) {
     }
 }
 
-fn final_name(name: &Path) -> io::Result<PathBuf> {
+pub(super) fn final_name(name: &Path) -> io::Result<PathBuf> {
     match fs::canonicalize(name) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(name),
         found => found,
@@ -162,6 +181,14 @@ fn final_name(name: &Path) -> io::Result<PathBuf> {
 
 /// Returns whether it was one.
 fn remove_leftover(path: &Path) -> io::Result<bool> {
+    if fs::symlink_metadata(path)?.is_dir() {
+        let folder = File::open(path)?;
+        let free = flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok() && is_named(&folder, path)?;
+        if free {
+            fs::remove_dir_all(path)?;
+        }
+        return Ok(free);
+    }
     let Some(_held) = lock_leftover(path)? else { return Ok(false) };
     fs::remove_file(path)?;
     Ok(true)

@@ -69,11 +69,11 @@ pub struct Restore {
     /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub point: String,
-    /// Where to: a file, a block device, or a folder for all disks; DISK=TARGET for one of several
+    /// Where to: a file, a block device, an NBD URI, or a folder for all disks; DISK=TARGET for one of several
     #[arg(long = "to", required = true, num_args = 1.., value_name = "[DISK=]TARGET")]
     pub to: Vec<String>,
-    /// `raw` or `qcow2` [default: by the target's ending, else raw]
-    #[arg(long, value_parser = ["raw", "qcow2"])]
+    /// What a file is written as [default: by its ending, else raw]
+    #[arg(long, value_parser = crate::restore::FORMATS)]
     pub format: Option<String>,
     /// Replace files that exist and write to block devices
     #[arg(long)]
