@@ -19,7 +19,7 @@ pub struct Init {
 pub struct Backup {
     /// What the machine is called
     pub machine: String,
-    /// An image file or block device (raw, qcow2, or what qemu-nbd opens), or an nbd:// or nbd+unix:// URI;
+    /// An image file or block device (raw, qcow2, or what qemu-nbd opens), an OVA by itself, or an nbd:// or nbd+unix:// URI;
     /// NAME=SOURCE names the disk, else they are disk0, disk1 and so on
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
