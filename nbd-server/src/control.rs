@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-/// The handle by which a connection is woken and told to end. The connection's task is the only one that waits.
+/// The handle by which a connection is woken and told to end.
 #[derive(Debug, Default)]
 pub(crate) struct Control {
     stopped: AtomicBool,
+    evicted: AtomicBool,
+    stopping: Notify,
     wake: Notify,
 }
 
@@ -17,7 +19,18 @@ impl Control {
     /// Tells the connection to finish what is in flight and to end.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
+        self.stopping.notify_waiters();
         self.wake.notify_one();
+    }
+
+    /// Tells the connection to end without another word, for somebody else needs its place.
+    fn evict(&self) {
+        self.evicted.store(true, Ordering::SeqCst);
+        self.stop();
+    }
+
+    pub(crate) fn is_evicted(&self) -> bool {
+        self.evicted.load(Ordering::SeqCst)
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -29,15 +42,18 @@ impl Control {
         self.wake.notify_one();
     }
 
-    /// Returns after a [`Control::wake`] or [`Control::stop`], also one from before the call.
+    /// Returns after a [`Control::wake`] or [`Control::stop`], also one from before the call. For one waiter at a time.
     pub(crate) async fn woken(&self) {
         self.wake.notified().await;
     }
 
-    /// Returns once the connection has been told to end.
+    /// Returns once the connection has been told to end; for any number of waiters.
     pub(crate) async fn stopped(&self) {
-        while !self.is_stopped() {
-            self.woken().await;
+        let stopping = self.stopping.notified();
+        tokio::pin!(stopping);
+        stopping.as_mut().enable(); // from here on a stop is seen, so the check below cannot miss it
+        if !self.is_stopped() {
+            stopping.await;
         }
     }
 }
@@ -128,7 +144,7 @@ impl HalfOpen {
     pub(crate) fn end_oldest(&self) -> bool {
         let oldest = self.lock().pop_first();
         oldest.is_some_and(|(_, control)| {
-            control.stop();
+            control.evict();
             true
         })
     }

@@ -154,7 +154,7 @@ impl Server {
         opening: crate::control::Opening,
     ) {
         let negotiated = tokio::select! {
-            () = control.stopped() => return,
+            () = self.out_of_time(&control) => return,
             negotiated = tokio::time::timeout(
                 self.shared.limits.handshake,
                 negotiate(&mut stream, self.tls.as_ref(), &self.table, &control),
@@ -179,6 +179,15 @@ impl Server {
         transmission::run(connection, self.shared, outcome.membership).await;
         tracing::debug!(export = %name, "disconnected");
         drop(membership);
+    }
+
+    /// When a handshake is cut off: at once for somebody else's sake, and at the end of the server after it has had time
+    /// to refuse the option in hand.
+    async fn out_of_time(&self, control: &Control) {
+        control.stopped().await;
+        if !control.is_evicted() {
+            tokio::time::sleep(self.shared.limits.goodbye).await;
+        }
     }
 
     /// Makes durable what was written, so that the end of a server is as good as a FLUSH.

@@ -155,6 +155,21 @@ impl Stream {
         }
     }
 
+    /// Ends the sending side, and waits until the peer has ended its own.
+    pub(crate) async fn drain_to_end(&self) -> io::Result<()> {
+        self.shutdown_write()?;
+        let mut scrap = [0; 4096];
+        loop {
+            match self.try_read(&mut scrap) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable().await?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Ends the sending side: the peer reads what was sent, then the end.
     pub(crate) fn shutdown_write(&self) -> io::Result<()> {
         if let Some(session) = &self.tls {

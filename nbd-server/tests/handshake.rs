@@ -16,6 +16,7 @@ const POLICY: u32 = (1 << 31) + 2;
 const INVALID: u32 = (1 << 31) + 3;
 const UNKNOWN: u32 = (1 << 31) + 6;
 const BLOCK_SIZE_REQD: u32 = (1 << 31) + 8;
+const SHUTDOWN: u32 = (1 << 31) + 7;
 const TOO_BIG: u32 = (1 << 31) + 9;
 const EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 
@@ -268,4 +269,62 @@ fn a_payload_for_block_status_is_offered_with_extended_headers_and_contexts_only
         let export = &replies.iter().find(|(kind, data)| *kind == 3 && u16_at(data, 0) == 0).expect("size and flags").1;
         assert_eq!(u16_at(export, 10) & (1 << 12) != 0, offered, "option {style}, contexts {selected}");
     }
+}
+
+#[test]
+fn the_end_of_a_server_refuses_the_option_in_hand_and_closes() {
+    // Complete, begun, without all of its data, too long to be looked at: each waits in the server when it is told to end.
+    let begun: [&[u8]; 4] = [
+        b"IHAVEOPT\0\0\0\x07",
+        b"I",
+        b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0",
+        b"IHAVEOPT\0\0\0\x08\0\0\0\0IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x04dis",
+    ];
+    let whole = [common::OPTION, &7_u32.to_be_bytes(), &10_u32.to_be_bytes(), &go("disk", &[])].concat();
+    for begun in begun {
+        let mut server = server();
+        let (mut raw, mut idle, mut silent) = (server.connect(), server.connect(), server.connect());
+        let mut deaf = server.connect();
+        idle.greet(3);
+        assert_eq!(last(&idle.option(6, &go("disk", &[]))), ACK);
+        raw.greet(3);
+        deaf.greet(3);
+        raw.send(&[begun]);
+        deaf.send(&[b"IHAV"]); // and never the rest
+        let structured = begun.len() > 20 && begun[11] == 8;
+        if structured {
+            assert_eq!(last(&raw.option_replies(8)), ACK);
+        }
+        // What was sent has been read when a request of another client, sent later, was answered.
+        assert_eq!(last(&idle.option(3, &[])), ACK);
+        server.stop();
+        assert!(idle.is_closed(), "nothing was asked");
+        silent.receive(18);
+        assert!(silent.is_closed(), "nothing was said");
+        let rest = if structured { &b"k\0\0"[..] } else { &whole[begun.len()..] };
+        raw.send(&[rest, b"more that nobody reads"]);
+        assert_eq!(last(&raw.option_replies(7)), SHUTDOWN);
+        assert!(raw.is_closed());
+        drop(raw);
+        drop(deaf);
+        server.join();
+    }
+}
+
+#[test]
+fn a_client_that_holds_back_its_option_does_not_hold_up_the_end_of_a_server() {
+    let table = std::sync::Arc::new(nbd_server::ExportTable::new());
+    let limits = Limits { goodbye: Duration::from_millis(100), ..Limits::default() };
+    let mut server = Running::launch(table, None, move |table| nbd_server::Server::new(table, limits));
+    let mut deaf = server.connect();
+    deaf.greet(3);
+    deaf.send(&[b"IHAVEOPT\0\0"]);
+    let mut old = server.connect();
+    old.greet(3);
+    old.send(&[b"IHAVEOPT\0\0\0\x01\0\0\0\x04di"]);
+    server.stop();
+    old.send(&[b"sk"]);
+    assert!(old.is_closed(), "the old form cannot be refused in words");
+    server.join();
+    assert!(deaf.is_closed());
 }

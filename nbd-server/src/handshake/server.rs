@@ -64,10 +64,12 @@ enum Next {
     Haggle,
     StartTls,
     Abort,
+    /// The server ends, and has said so.
+    Shutdown,
     Transmit(Outcome),
 }
 
-/// Leads one handshake. `Ok(None)`: the client ended it in order.
+/// Leads one handshake. `Ok(None)`: the client ended it in order, or the server ends.
 pub(crate) async fn negotiate(
     stream: &mut Stream,
     tls: Option<&TlsServer>,
@@ -81,7 +83,9 @@ pub(crate) async fn negotiate(
     };
     stream.write_all(greeting.as_bytes()).await?;
     let mut flags = U32::ZERO;
-    stream.read_exact(flags.as_mut_bytes()).await?;
+    if !read_unless_stopped(stream, control, flags.as_mut_bytes()).await? {
+        return Ok(None);
+    }
     let client_flags = flags.get();
     if client_flags & !(client_flag::FIXED_NEWSTYLE | client_flag::NO_ZEROES) != 0 {
         return Err(HandshakeError::ClientFlags(client_flags));
@@ -93,6 +97,10 @@ pub(crate) async fn negotiate(
             Next::Haggle => {}
             Next::StartTls => haggling.start_tls().await.map_err(HandshakeError::Tls)?,
             Next::Abort => return Ok(None),
+            Next::Shutdown => {
+                // Closed with unread input, a socket would throw the refusal away.
+                return haggling.stream.drain_to_end().await.map(|()| None).map_err(HandshakeError::Io);
+            }
             Next::Transmit(outcome) => return Ok(Some(outcome)),
         }
     }
@@ -102,7 +110,9 @@ pub(crate) async fn negotiate(
 impl Haggling<'_> {
     async fn option(&mut self) -> Result<Next, HandshakeError> {
         let mut raw = RawOption::new_zeroed();
-        self.stream.read_exact(raw.as_mut_bytes()).await?;
+        if !read_unless_stopped(self.stream, self.control, raw.as_mut_bytes()).await? {
+            return Ok(Next::Abort);
+        }
         if raw.magic.get() != OPTION_MAGIC {
             return Err(HandshakeError::OptionMagic(raw.magic.get()));
         }
@@ -168,6 +178,10 @@ impl Haggling<'_> {
             option::ABORT => {
                 self.reply(kind, option_reply::ACK, &[]);
                 return Next::Abort;
+            }
+            _ if self.control.is_stopped() => {
+                self.error(kind, option_reply::ERR_SHUTDOWN, "this server is shutting down");
+                return Next::Shutdown;
             }
             option::STARTTLS => match no_data(data) {
                 Ok(()) if self.needs_tls() => {
@@ -399,6 +413,28 @@ impl Haggling<'_> {
         self.out.extend_from_slice(raw.as_bytes());
         self.out.extend_from_slice(data);
     }
+}
+
+/// Fills the buffer, unless the server ends before the client has sent any of it: then the stream is closed, and false.
+async fn read_unless_stopped(stream: &Stream, control: &Control, buffer: &mut [u8]) -> io::Result<bool> {
+    let first = loop {
+        match stream.try_read(buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => break count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if control.is_stopped() {
+                    return stream.shutdown_write().map(|()| false);
+                }
+                tokio::select! {
+                    ready = stream.readable() => ready?,
+                    () = control.stopped() => {}
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    };
+    stream.read_exact(buffer.split_at_mut(first).1).await.map(|()| true)
 }
 
 /// Lengths of what this server itself sends are far below 32 bits.

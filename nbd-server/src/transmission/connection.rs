@@ -466,7 +466,7 @@ impl Task {
         }
         drop(membership); // no operation runs and none will start: whoever removes the export may go on
         let goodbye = self.shared.limits.goodbye;
-        if self.ending.is_some() && tokio::time::timeout(goodbye, drain(&connection, self.input)).await.is_err() {
+        if self.ending.is_some() && tokio::time::timeout(goodbye, drain(&connection)).await.is_err() {
             tracing::debug!(export = %connection.negotiated.published.name, "a client did not take its last replies");
         }
     }
@@ -502,7 +502,7 @@ impl Task {
 
 /// Writes what is left, ends our side, and waits until the client has ended its own: closing a socket with unread
 /// input would throw away replies that are still on their way.
-async fn drain(connection: &Connection, mut scrap: Vec<u8>) {
+async fn drain(connection: &Connection) {
     loop {
         match connection.outbox.status() {
             Sent::Broken => return,
@@ -515,21 +515,7 @@ async fn drain(connection: &Connection, mut scrap: Vec<u8>) {
             }
         }
     }
-    if connection.stream.shutdown_write().is_err() {
-        return;
-    }
-    loop {
-        match connection.stream.try_read(&mut scrap) {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if connection.stream.readable().await.is_err() {
-                    return;
-                }
-            }
-            Err(_) => return,
-        }
-    }
+    let _ = connection.stream.drain_to_end().await; // a client that has gone needs no goodbye
 }
 
 /// Bytes of a request that must be in the input buffer before it is looked at: a payload that is short stays there.
