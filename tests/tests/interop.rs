@@ -3,9 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::{Command, Stdio};
 
-use lifeboat_tests::{Running, Sandbox, have, noise, tool, tool_output};
+use lifeboat_tests::{Running, Sandbox, have, noise, tool, tool_output, wait_until};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -288,4 +290,109 @@ fn several_disks_are_exported_by_name_over_tcp() {
     fs::create_dir(&dir).unwrap();
     sandbox.ok(&["restore", "db", "--to", &dir]);
     assert!(fs::read(sandbox.path("restored/db-data.raw")).unwrap() == fs::read(&data).unwrap());
+}
+
+/// What a program does that uses libnbd and is to outlive its server: a handle that died is thrown away, another one
+/// connects as soon as somebody listens, and what was not answered is asked again.
+const REOPENING: &str = r#"
+import sys, time
+def connect():
+    while True:
+        handle = nbd.NBD()
+        try:
+            handle.connect_uri(uri)
+            return handle
+        except nbd.Error:
+            time.sleep(0.01)
+handles = [connect(), connect()]
+died = 0
+def again(which, call):
+    global died
+    while True:
+        try:
+            return call(handles[which])
+        except nbd.Error:
+            died += 1
+            handles[which] = connect()
+def block(number):
+    return number.to_bytes(4, "big") * 1024
+number = 0
+for line in sys.stdin:
+    for _ in range(50):
+        number += 1
+        again(number % 2, lambda h: h.pwrite(block(number), number * 4096, nbd.CMD_FLAG_FUA))
+        assert again((number + 1) % 2, lambda h: h.pread(4096, number * 4096)) == block(number)
+    print("written", number, died, flush=True)
+for n in range(1, number + 1):
+    assert again(n % 2, lambda h: h.pread(4096, n * 4096)) == block(n), n
+assert again(0, lambda h: h.pread(4096, (number + 1) * 4096)) == base
+print("all there", died, flush=True)
+"#;
+
+#[test]
+fn libnbd_comes_back_to_a_server_that_was_killed_and_finds_all_it_was_told_is_written() {
+    if !have(&["nbdsh"]) {
+        return;
+    }
+    let (sandbox, disk) = with_point();
+    let (kept, rounds) = (sandbox.name("overlay"), 6);
+    let start = || sandbox.export(&["web01", "--overlay", &kept]);
+    let (mut export, uri) = start();
+    let after = fs::read(&disk).unwrap()[(rounds * 50 + 1) * 4096..][..4096].to_vec();
+    let variables = format!("uri = {uri:?}; base = bytes({after:?})");
+    let mut script = Command::new("/usr/bin/python3")
+        .args(["-c", &format!("import nbd\n{variables}\n{REOPENING}")])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut orders = script.stdin.take().unwrap();
+    let mut said = BufReader::new(script.stdout.take().unwrap()).lines();
+    for round in 1..=rounds {
+        orders.write_all(b"on\n").unwrap();
+        if round % 2 == 1 {
+            // While it writes; nothing is lost if it was faster.
+            std::thread::sleep(std::time::Duration::from_millis(3 * round as u64));
+            export.kill();
+            (export, _) = start();
+        }
+        let line = said.next().unwrap().unwrap();
+        assert!(line.starts_with(&format!("written {} ", round * 50)), "{line}");
+        if round % 2 == 0 {
+            // In between, in order: the next request finds the connection closed.
+            assert_eq!(export.stop().code(), Some(0));
+            (export, _) = start();
+        }
+    }
+    drop(orders);
+    let line = said.next().unwrap().unwrap();
+    let died: u32 = line.strip_prefix("all there ").unwrap().parse().unwrap();
+    assert!(died >= 3, "both handles were closed three times in order: {died}");
+    assert!(script.wait().unwrap().success());
+}
+
+#[test]
+fn nbdcopy_starts_over_after_its_server_was_killed() {
+    if !have(&["nbdcopy"]) {
+        return;
+    }
+    let (sandbox, _) = with_point();
+    let kept = sandbox.name("overlay");
+    let (mut export, uri) = sandbox.export(&["web01", "--overlay", &kept]);
+    let new: Vec<u8> = noise(9, usize::try_from(SIZE).unwrap());
+    fs::write(sandbox.path("new.raw"), &new).unwrap();
+    let copy = ["--synchronous", "--request-size=4096", "--flush", &sandbox.name("new.raw"), &uri];
+    let mut first = Command::new("nbdcopy").args(copy).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("something is written", || {
+        let written = || fs::metadata(sandbox.path("overlay/disk0.data")).map(|data| data.blocks());
+        first.try_wait().unwrap().is_some() || written().is_ok_and(|blocks| blocks > 2048)
+    });
+    export.kill();
+    let _ = first.wait().unwrap(); // it failed, or was faster
+    let (mut export, _) = sandbox.export(&["web01", "--overlay", &kept]);
+    tool("nbdcopy", &["--flush", &sandbox.name("new.raw"), &uri]);
+    export.kill();
+    let (_export, _) = sandbox.export(&["web01", "--overlay", &kept]);
+    tool("nbdcopy", &["--connections=4", &uri, &sandbox.name("back.raw")]);
+    assert!(fs::read(sandbox.path("back.raw")).unwrap() == new);
 }
