@@ -47,4 +47,5 @@ pub use server::{Listener, Server};
 pub use statistics::{Count, LATENCY_BOUNDS_US, Latency, OPERATIONS, Operation, Statistics};
 pub use table::{Access, AddError, ExportTable, Retirement};
 pub use tls::{ClientCertificates, ClientName, TlsClient, TlsError, TlsServer};
+pub use transmission::HeaderStyle;
 pub use uri::{Endpoint, NbdUri, UriError, UriTls};

@@ -1,13 +1,18 @@
-//! Random operations through several clients at once against a plain array: each client owns a part of the disk, so
-//! that the outcome does not depend on the order between clients.
+//! Random operations through several clients at once against a plain array, by every way to connect and with every form
+//! of headers: each client owns a part of the disk, so that the outcome does not depend on the order between clients.
 
 mod common;
 
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
 
-use common::Running;
+use common::{Running, name};
 use nbd_server::export::{ExtentKind, ZeroMode};
-use nbd_server::{BlockingClient, Client, ClientOptions, Export, MemoryExport};
+use nbd_server::tls::pki;
+use nbd_server::{
+    BlockingClient, Client, ClientCertificates, ClientOptions, Export, ExportTable, HeaderStyle, Limits, Listen,
+    MemoryExport, NbdUri, Server, TlsServer, UriTls,
+};
 use proptest::prelude::*;
 
 const PART: u64 = 1 << 20;
@@ -43,6 +48,59 @@ fn step() -> impl Strategy<Value = Step> {
         1 => range().prop_map(|(o, l)| Step::Status(o, l)),
         1 => Just(Step::Flush),
     ]
+}
+
+/// How the clients of a case reach their server.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    tcp: bool,
+    tls: bool,
+    headers: HeaderStyle,
+    /// Reads are answered from memory.
+    resident: bool,
+}
+
+fn way() -> impl Strategy<Value = Way> {
+    let headers = prop_oneof![
+        3 => Just(HeaderStyle::Extended),
+        2 => Just(HeaderStyle::Structured),
+        1 => Just(HeaderStyle::Simple),
+    ];
+    (any::<bool>(), any::<bool>(), headers, any::<bool>()).prop_map(|(tcp, tls, headers, resident)| Way {
+        tcp,
+        tls,
+        headers,
+        resident,
+    })
+}
+
+static CERTIFICATES: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().expect("a folder");
+    pki::create(folder.path()).expect("an authority");
+    let host = pki::add_host(folder.path(), &["localhost"]).expect("a host");
+    (folder, host)
+});
+
+impl Way {
+    fn serve(self, disk: Arc<dyn Export>) -> (Running, NbdUri) {
+        let table = Arc::new(ExportTable::new());
+        table.add(name("disk"), disk).expect("an empty table");
+        let listen: Option<Listen> = self.tcp.then(|| "tcp:127.0.0.1:0".parse().expect("an address"));
+        let server = Running::launch(table, listen, move |table| {
+            let server = Server::new(table, Limits::default());
+            if !self.tls {
+                return server;
+            }
+            let tls = TlsServer::from_folder(&CERTIFICATES.1, ClientCertificates::Required);
+            server.with_tls(tls.expect("good certificates"))
+        });
+        let uri = match &server.local {
+            Listen::Tcp(address) => NbdUri::tcp("localhost", address.port(), &name("disk")),
+            Listen::Unix(_) => server.uri(),
+        };
+        let tls = UriTls { certificates: Some(CERTIFICATES.1.clone()), hostname: None };
+        (server, if self.tls { uri.with_tls(tls) } else { uri })
+    }
 }
 
 fn place(offset: u64, length: u64) -> std::ops::Range<usize> {
@@ -93,21 +151,22 @@ async fn play(client: Client, base: u64, steps: Vec<Step>, model: &mut [u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn several_connections_agree_with_a_model(
         steps in prop::collection::vec(prop::collection::vec(step(), 1..60), usize::try_from(PARTS).expect("few")),
-        resident in any::<bool>(),
+        way in way(),
     ) {
         let disk = MemoryExport::new(PART * PARTS);
-        let disk = Arc::new(if resident { disk } else { disk.not_resident() });
-        let server = Running::start(Arc::clone(&disk) as Arc<dyn Export>);
+        let disk = Arc::new(if way.resident { disk } else { disk.not_resident() });
+        let (_server, uri) = way.serve(Arc::clone(&disk) as Arc<dyn Export>);
+        let options = ClientOptions { headers: way.headers, ..ClientOptions::default() };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
         let model = runtime.expect("a runtime").block_on(async {
             let mut players = Vec::new();
             for (number, steps) in (0..).zip(steps) {
-                let client = Client::connect(&server.uri(), &ClientOptions::default()).await.expect("it listens");
+                let client = Client::connect(&uri, &options).await.expect("it listens");
                 players.push(tokio::spawn(async move {
                     let mut model = vec![0; place(0, PART).len()];
                     play(client.clone(), number * PART, steps, &mut model).await;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::{ClientError, OptionRefusal, Violation};
+use super::{ClientError, ClientOptions, OptionRefusal, Violation};
 use crate::export::BlockSize;
 use crate::limits::{MAX_CONTEXTS, MAX_PAYLOAD};
 use crate::name::ExportName;
@@ -53,7 +53,7 @@ pub(super) async fn negotiate(
     stream: &mut Stream,
     uri: &NbdUri,
     tls: Option<rustls::ClientConnection>,
-    contexts: &[String],
+    options: &ClientOptions,
 ) -> Result<Agreed, ClientError> {
     let export = &uri.export;
     let no_zeroes = greet(stream).await?;
@@ -65,8 +65,8 @@ pub(super) async fn negotiate(
         stream.start_tls(connection).await.map_err(failed)?;
     }
     let stream: &Stream = stream;
-    let style = settle_style(stream).await?;
-    let selected = if style.is_structured() { select(stream, export, contexts).await? } else { Vec::new() };
+    let style = settle_style(stream, options.headers).await?;
+    let selected = if style.is_structured() { select(stream, export, &options.contexts).await? } else { Vec::new() };
     let mut data = Vec::new();
     string(&mut data, export.as_str());
     data.extend_from_slice(U16::new(1).as_bytes());
@@ -83,12 +83,12 @@ pub(super) async fn negotiate(
     Ok(Agreed { size, flags, block_size, style, contexts: selected })
 }
 
-/// The best that the server has.
-async fn settle_style(stream: &Stream) -> Result<HeaderStyle, ClientError> {
+/// The best that the server has, up to what is wanted.
+async fn settle_style(stream: &Stream, best: HeaderStyle) -> Result<HeaderStyle, ClientError> {
     for (kind, style) in
         [(option::EXTENDED_HEADERS, HeaderStyle::Extended), (option::STRUCTURED_REPLY, HeaderStyle::Structured)]
     {
-        if ask(stream, kind, &[]).await?.refusal.is_none() {
+        if style <= best && ask(stream, kind, &[]).await?.refusal.is_none() {
             return Ok(style);
         }
     }

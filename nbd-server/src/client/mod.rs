@@ -39,6 +39,8 @@ const MAX_EFFECT: u64 = 1 << 30;
 pub struct ClientOptions {
     /// Metadata contexts to select; those the server does not have are left out.
     pub contexts: Vec<String>,
+    /// The best headers to ask for.
+    pub headers: HeaderStyle,
     /// For connecting and negotiating together.
     pub connect_timeout: Duration,
     /// Requests in flight; more wait.
@@ -51,6 +53,7 @@ impl Default for ClientOptions {
     fn default() -> ClientOptions {
         ClientOptions {
             contexts: vec![BASE_ALLOCATION.to_owned()],
+            headers: HeaderStyle::Extended,
             connect_timeout: Duration::from_secs(10),
             requests: 64,
             request_timeout: Duration::from_secs(120),
@@ -197,7 +200,7 @@ impl Client {
                     Stream::tcp(stream).map_err(failed)?
                 }
             };
-            let agreed = handshake::negotiate(&mut stream, uri, tls, &options.contexts).await?;
+            let agreed = handshake::negotiate(&mut stream, uri, tls, options).await?;
             Ok(Client { engine: Arc::new(Engine::start(stream, agreed, options)) })
         };
         tokio::time::timeout(options.connect_timeout, connecting)

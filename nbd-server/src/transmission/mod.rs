@@ -19,5 +19,6 @@ mod shared;
 mod stall;
 
 pub(crate) use connection::run;
-pub(crate) use request::{ContextSet, HeaderStyle};
+pub(crate) use request::ContextSet;
+pub use request::HeaderStyle;
 pub(crate) use shared::{Connection, Shared};

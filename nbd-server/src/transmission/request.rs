@@ -10,9 +10,9 @@ use crate::wire::{
     command_flag,
 };
 
-/// Which headers were negotiated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HeaderStyle {
+/// Which headers were negotiated; the better the later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HeaderStyle {
     /// Simple replies only.
     Simple,
     /// Structured replies, 32-bit lengths.
