@@ -5,10 +5,24 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 
-/// Begins to log: everything from `info` up as a service, else what went wrong. A command tells the failure of its own
-/// job itself.
-pub fn init(service: bool) {
-    let usual = if service { "info" } else { "error,lifeboat::jobs=off" };
+/// How much is said by default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Talk {
+    /// A service: everything from `info` up.
+    Service,
+    /// A command that serves others until it is interrupted: what is odd about them too.
+    Server,
+    /// A command: what went wrong. It tells the failure of its own job itself.
+    Command,
+}
+
+/// Begins to log.
+pub fn init(talk: Talk) {
+    let usual = match talk {
+        Talk::Service => "info",
+        Talk::Server => "warn,lifeboat::jobs=off",
+        Talk::Command => "error,lifeboat::jobs=off",
+    };
     let filter = EnvFilter::try_from_env("LIFEBOAT_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)

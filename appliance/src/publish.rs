@@ -50,7 +50,8 @@ pub struct TlsRequest {
     /// Let clients in that show no certificate.
     #[serde(default)]
     pub anonymous_clients: bool,
-    /// Only clients whose certificate is for one of these names; all of the authority's when empty.
+    /// Only clients whose certificate is for one of these names, each `NAME` or, for one disk only, `DISK=NAME`; all of
+    /// the authority's when empty.
     #[serde(default)]
     pub clients: Vec<String>,
 }
@@ -72,17 +73,33 @@ impl ExportRequest {
         }
     }
 
-    /// Who may see the disks.
-    fn access(&self) -> Result<Access, Problem> {
-        let names = self.tls.as_ref().map_or(&[][..], |tls| &tls.clients);
-        if names.is_empty() {
-            return Ok(Access::Everyone);
+    /// Who may see each of these disks.
+    fn access(&self, disks: &[String]) -> Result<Vec<(String, Access)>, Problem> {
+        let clients = self.tls.as_ref().map_or(&[][..], |tls| &tls.clients);
+        let mut named: Vec<(Option<&str>, ClientName)> = Vec::new();
+        for client in clients {
+            let (disk, name) = match client.split_once('=') {
+                Some((disk, name)) => (Some(disk), name),
+                None => (None, client.as_str()),
+            };
+            if let Some(disk) = disk.filter(|disk| disks.iter().all(|served| served != disk)) {
+                return Err(Problem::usage(format!("--tls-client {client}: disk `{disk}` is not served"))
+                    .hint(format!("served are {}", disks.join(", "))));
+            }
+            let name = ClientName::new(name)
+                .map_err(|error| Problem::because(Kind::Usage, format!("no client can be called `{name}`"), &error))?;
+            named.push((disk, name));
         }
-        let name = |name: &String| {
-            ClientName::new(name)
-                .map_err(|error| Problem::because(Kind::Usage, format!("no client can be called `{name}`"), &error))
+        let access = |disk: &String| {
+            let mine = named.iter().filter(|(of, _)| of.is_none_or(|of| of == disk));
+            match mine.map(|(_, name)| name.clone()).collect::<Vec<_>>() {
+                names if !names.is_empty() => Ok((disk.clone(), Access::Clients(names))),
+                _ if named.is_empty() => Ok((disk.clone(), Access::Everyone)),
+                _ => Err(Problem::usage(format!("no client may use disk {disk}"))
+                    .hint(format!("give --tls-client {disk}=NAME too, or serve less with --disk"))),
+            }
         };
-        Ok(Access::Clients(names.iter().map(name).collect::<Result<_, _>>()?))
+        disks.iter().map(access).collect()
     }
 }
 
@@ -169,13 +186,14 @@ impl Exports {
         };
         let chosen = chosen(point, request.disk.as_deref())?;
         let table = Arc::new(ExportTable::new());
-        let (server, access) = (request.server(table.clone(), &listen)?, request.access()?);
+        let (server, access) = (request.server(table.clone(), &listen)?, request.access(&chosen)?);
         let (filled, reading, id_of_point) = (table.clone(), repository.clone(), point.id.clone());
-        let names = chosen.clone();
         let lease = tokio::task::spawn_blocking(move || {
             let point = disks::load_point(&reading, &id_of_point)?;
             let lease = disks::hold(&reading, "export", &point)?;
-            names.iter().try_for_each(|disk| add(&reading, &point, disk, overlay.as_deref(), &filled, &access))?;
+            access
+                .into_iter()
+                .try_for_each(|(disk, access)| add(&reading, &point, &disk, overlay.as_deref(), &filled, access))?;
             Ok::<_, Problem>(lease)
         })
         .await
@@ -271,9 +289,8 @@ fn add(
     disk: &str,
     overlay: Option<&Path>,
     table: &ExportTable,
-    access: &Access,
+    access: Access,
 ) -> Result<(), Problem> {
-    let access = access.clone();
     let description = format!("{disk} of {}", point.machine);
     let base = disks::open(repository, point, disk)?;
     let name = disks::export_name(disk)?;

@@ -237,6 +237,15 @@ impl Published {
         }
     }
 
+    /// The names in the certificate of a client that is not admitted; `None` if it has shown none.
+    pub(crate) fn stranger(&self, stream: &Stream) -> Option<Vec<String>> {
+        let certificate = stream.tls().and_then(Session::peer_certificate)?;
+        match &self.access {
+            Access::Clients(names) => names.first().map(|name| name.presented(&certificate)),
+            Access::Everyone => None,
+        }
+    }
+
     /// All contexts a client may select, `base:allocation` first.
     pub(crate) fn context_names(&self) -> impl Iterator<Item = &str> {
         std::iter::once(BASE_ALLOCATION).chain(self.contexts.iter().map(String::as_str))

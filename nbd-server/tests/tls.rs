@@ -179,6 +179,13 @@ fn a_revoked_certificate_is_worth_nothing() {
     assert!(connect(&uri(&server, "localhost", &other)).is_ok(), "others are as good as before");
 }
 
+fn named(common_name: &str) -> rcgen::CertificateParams {
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::CommonName, common_name);
+    params
+}
+
 /// The list by which the authority revokes a host's client certificate. Serial numbers are found by looking.
 fn revoke_client(authority: &Path, host: &Path) -> String {
     let der = CertificateDer::from_pem_file(host.join(tls::CLIENT_CERT)).expect("a certificate");
@@ -188,9 +195,7 @@ fn revoke_client(authority: &Path, host: &Path) -> String {
     let serial = &der[at + 2..at + 2 + usize::from(der[at + 1])];
     let read = |file: &str| std::fs::read_to_string(authority.join(file)).expect("there");
     let key = rcgen::KeyPair::from_pem(&read(pki::CA_KEY)).expect("a key");
-    let mut params = rcgen::CertificateParams::default();
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    params.distinguished_name.push(rcgen::DnType::CommonName, pki::AUTHORITY);
+    let mut params = named(pki::AUTHORITY);
     params.key_usages = vec![rcgen::KeyUsagePurpose::CrlSign];
     let now = std::time::SystemTime::now();
     let revoked = rcgen::RevokedCertParams {
@@ -304,6 +309,96 @@ fn an_export_for_some_is_unknown_to_others() {
     assert_eq!(names(&mut insider), [b"alla".to_vec(), b"some".to_vec()]);
     assert_eq!(insider.option(7, &go("some", &[])).last().map(|reply| reply.0), Some(1));
     drop(pki_folder);
+}
+
+/// Puts the files of another folder into this one, one after the other and each whole.
+fn replace(folder: &Path, with: &Path, files: &[&str]) {
+    for file in files {
+        let fresh = folder.join(format!("{file}.new"));
+        std::fs::copy(with.join(file), &fresh).expect("copied");
+        std::fs::rename(&fresh, folder.join(file)).expect("renamed");
+    }
+}
+
+#[test]
+fn certificates_that_change_count_from_the_next_connection_on() {
+    let (_pki, ours, _) = authority();
+    let (_other_pki, next, _) = authority();
+    let served = tempfile::tempdir().expect("a folder");
+    let all = [tls::CA_CERT, tls::SERVER_CERT, tls::SERVER_KEY];
+    replace(served.path(), &ours, &all);
+    let disk = Arc::new(MemoryExport::from_bytes(&content()));
+    let server = serve(disk, served.path(), ClientCertificates::Required, loopback());
+    let (old, new) = (uri(&server, "localhost", &ours), uri(&server, "localhost", &next));
+    let open = connect(&old).expect("trusted");
+    assert!(connect(&new).is_err());
+    // Half of it, and nonsense: what was there before stays in use.
+    replace(served.path(), &next, &[tls::SERVER_KEY]);
+    connect(&old).expect("the former certificate");
+    std::fs::write(served.path().join(tls::CA_CERT), "-----BEGIN CERTIFICATE-----").expect("written");
+    connect(&old).expect("the former certificate");
+    replace(served.path(), &next, &all);
+    connect(&new).expect("the new authority");
+    assert!(connect(&old).is_err(), "the former authority counts no more");
+    // Revoked while the server runs, and taken back.
+    std::fs::write(served.path().join(tls::CA_CRL), revoke_client(_other_pki.path(), &next)).expect("written");
+    assert!(connect(&new).is_err());
+    std::fs::remove_file(served.path().join(tls::CA_CRL)).expect("there");
+    connect(&new).expect("no longer revoked");
+    let mut data = [0; 512];
+    open.read(0, &mut data).expect("who is in stays in");
+    assert!(data == content()[..512]);
+}
+
+/// Gives a folder a client certificate of the authority in `authority`.
+fn certify(authority: &Path, folder: &Path, common_name: &str, alternative: &[&str]) {
+    let read = |file: &str| std::fs::read_to_string(authority.join(file)).expect("there");
+    let key = rcgen::KeyPair::from_pem(&read(pki::CA_KEY)).expect("a key");
+    let issuer = rcgen::Issuer::new(named(pki::AUTHORITY), key);
+    let alternative: Vec<String> = alternative.iter().map(|name| (*name).to_owned()).collect();
+    let mut params = rcgen::CertificateParams::new(alternative).expect("names");
+    params.distinguished_name = named(common_name).distinguished_name;
+    params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let signed = params.signed_by(&key, &issuer).expect("signed");
+    std::fs::write(folder.join(tls::CLIENT_CERT), signed.pem()).expect("written");
+    std::fs::write(folder.join(tls::CLIENT_KEY), key.serialize_pem()).expect("written");
+    std::fs::copy(authority.join(tls::CA_CERT), folder.join(tls::CA_CERT)).expect("copied");
+}
+
+#[test]
+fn every_export_has_a_list_of_its_own_and_a_common_name_is_nobodys() {
+    let (pki_folder, ours, _) = authority();
+    let table = Arc::new(ExportTable::new());
+    let only = |names: &[&str]| {
+        Access::Clients(names.iter().map(|name| ClientName::new(name).expect("a name")).collect::<Vec<_>>())
+    };
+    for (export, access) in [
+        ("a", only(&["a.example"])),
+        ("b", only(&["b.example", "10.1.2.3"])),
+        ("both", only(&["a.example", "b.example"])),
+        ("open", Access::Everyone),
+    ] {
+        table.add_for(name(export), Arc::new(MemoryExport::new(4096)), access).expect("free");
+    }
+    let server = start(table, &ours, ClientCertificates::Required, None, Limits::default());
+    let opens = |common_name: &str, alternative: &[&str]| -> Vec<&str> {
+        let folder = tempfile::tempdir().expect("a folder");
+        certify(pki_folder.path(), folder.path(), common_name, alternative);
+        let exports = ["a", "b", "both", "open"].into_iter();
+        let open = exports.filter(|export| {
+            let mut client = Secure::open(&server, folder.path());
+            let answer = client.option(7, &go(export, &[])).last().map(|reply| reply.0);
+            assert!(matches!(answer, Some(1 | UNKNOWN)), "{answer:?}");
+            answer == Some(1)
+        });
+        open.collect()
+    };
+    assert_eq!(opens("x", &["a.example"]), ["a", "both", "open"]);
+    assert_eq!(opens("x", &["10.1.2.3"]), ["b", "open"]);
+    assert_eq!(opens("x", &["a.example", "b.example"]), ["a", "b", "both", "open"]);
+    assert_eq!(opens("a.example", &["c.example"]), ["open"]);
+    assert_eq!(opens("a.example", &[]), ["open"]);
 }
 
 #[test]

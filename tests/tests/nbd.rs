@@ -68,6 +68,36 @@ fn an_export_with_tls_serves_who_has_a_certificate_and_nobody_else() {
 }
 
 #[test]
+fn each_disk_has_its_own_list_of_clients() {
+    if !have(&["nbdinfo"]) {
+        return;
+    }
+    let (sandbox, disk) = with_point();
+    sandbox.ok(&["backup", "db01", &format!("system={disk}"), &format!("data={disk}")]);
+    let pki = sandbox.name("pki");
+    sandbox.ok(&["tls", &pki, "--host", "localhost", "--host", "one.example", "--host", "two.example"]);
+    let listen = ["export", "db01", "--listen", "tcp:127.0.0.1:0", "--tls-dir", &format!("{pki}/localhost")];
+    let said = sandbox.fails(2, &[&listen[..], &["--tls-client", "nowhere=one.example"]].concat());
+    assert!(said.contains("`nowhere` is not served") && said.contains("system, data"), "{said}");
+    let said = sandbox.fails(2, &[&listen[..], &["--tls-client", "data=one.example"]].concat());
+    assert!(said.contains("no client may use disk system"), "{said}");
+    let clients = ["--tls-client", "data=one.example", "--tls-client", "two.example"];
+    let export = sandbox.start(&[&listen[..], &clients].concat());
+    let (system, data) = (export.line(), export.line());
+    for (uri, host, opens) in [
+        (&system, "one.example", false),
+        (&data, "one.example", true),
+        (&system, "two.example", true),
+        (&data, "two.example", true),
+        (&data, "localhost", false),
+    ] {
+        let uri = uri.replace("127.0.0.1", "localhost");
+        let found = tool_output("nbdinfo", &["--size", &format!("{uri}?tls-certificates={pki}/{host}")]);
+        assert_eq!(found.status.success(), opens, "{host} on {uri}: {found:?}");
+    }
+}
+
+#[test]
 fn what_would_be_insecure_or_makes_no_sense_is_refused() {
     let (sandbox, _) = with_point();
     let listen = ["export", "web01", "--listen", "tcp:0.0.0.0:0"];

@@ -33,6 +33,7 @@ use args::{Cli, Command};
 use connect::Door;
 
 use crate::app;
+use crate::log::Talk;
 use crate::problem::{Handling, Kind, Problem};
 use crate::{service, signals};
 
@@ -51,7 +52,11 @@ pub fn main() -> ExitCode {
         _ => Voice::Plain,
     };
     raise_open_files();
-    crate::log::init(matches!(cli.command, Command::Serve(_)));
+    crate::log::init(match cli.command {
+        Command::Serve(_) => Talk::Service,
+        Command::Export(_) => Talk::Server,
+        _ => Talk::Command,
+    });
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return report(&Problem::failed("cannot start", &error), voice),

@@ -148,7 +148,8 @@ impl Haggling<'_> {
     /// Nothing has been settled before that could need to be forgotten: there is only one option until here.
     async fn start_tls(&mut self) -> io::Result<()> {
         let Some(tls) = self.tls else { return Ok(()) };
-        let connection = tls.connection().map_err(io::Error::other)?;
+        let tls = tls.clone();
+        let connection = tokio::task::spawn_blocking(move || tls.connection()).await?.map_err(io::Error::other)?;
         self.stream.start_tls(connection).await
     }
 
@@ -377,7 +378,17 @@ impl Haggling<'_> {
 
     /// The export of this name, if it exists and the client may know it.
     fn find(&self, name: &ExportName) -> Option<Arc<Published>> {
-        self.table.find(name).filter(|published| published.admits(self.stream))
+        let published = self.table.find(name)?;
+        if published.admits(self.stream) {
+            return Some(published);
+        }
+        match published.stranger(self.stream).as_deref() {
+            None => tracing::warn!(export = %published.name, "refused a client without a certificate"),
+            Some([]) => tracing::warn!(export = %published.name,
+                "refused a client whose certificate has no subject alternative name; its common name does not count"),
+            Some(names) => tracing::warn!(export = %published.name, ?names, "refused a client by its certificate"),
+        }
+        None
     }
 
     /// Whether contexts are selected for the export of this name.

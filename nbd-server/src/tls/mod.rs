@@ -4,8 +4,10 @@
 //! it, and by default nobody without a certificate of its authority. One crypto library: aws-lc through rustls.
 
 pub mod pki;
+mod server;
 mod session;
 
+pub use server::TlsServer;
 pub(crate) use session::Session;
 
 use std::path::{Path, PathBuf};
@@ -15,8 +17,8 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, InvalidDnsNameError, PrivateKeyDer, ServerName};
-use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+use rustls::server::VerifierBuilderError;
+use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use webpki::EndEntityCert;
 
 /// Certificate of the authority that the other side's certificate must come from.
@@ -91,12 +93,6 @@ pub enum ClientCertificates {
     Waived,
 }
 
-/// What a server needs for TLS.
-#[derive(Debug, Clone)]
-pub struct TlsServer {
-    config: Arc<ServerConfig>,
-}
-
 /// What a client needs for TLS.
 #[derive(Debug, Clone)]
 pub struct TlsClient {
@@ -109,32 +105,6 @@ pub struct ClientName(ServerName<'static>);
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
-}
-
-impl TlsServer {
-    /// From a folder with [`CA_CERT`], [`SERVER_CERT`], [`SERVER_KEY`] and perhaps [`CA_CRL`].
-    pub fn from_folder(folder: &Path, clients: ClientCertificates) -> Result<TlsServer, TlsError> {
-        let (roots, revoked) = authority(folder)?;
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
-            .with_crls(revoked)
-            .only_check_end_entity_revocation();
-        let verifier = match clients {
-            ClientCertificates::Required => verifier,
-            ClientCertificates::Waived => verifier.allow_unauthenticated(),
-        };
-        let verifier = verifier.build().map_err(|source| TlsError::Authority { path: folder.join(CA_CERT), source })?;
-        let (chain, key, path) = identity(folder, SERVER_CERT, SERVER_KEY)?;
-        let mut config = ServerConfig::builder_with_provider(provider())
-            .with_safe_default_protocol_versions()
-            .and_then(|builder| builder.with_client_cert_verifier(verifier).with_single_cert(chain, key))
-            .map_err(|source| TlsError::Certificate { path, source })?;
-        config.send_tls13_tickets = 0; // connections live for days: nobody resumes one
-        Ok(TlsServer { config: Arc::new(config) })
-    }
-
-    pub(crate) fn connection(&self) -> Result<ServerConnection, rustls::Error> {
-        ServerConnection::new(Arc::clone(&self.config))
-    }
 }
 
 impl TlsClient {
@@ -176,10 +146,20 @@ impl ClientName {
         host_name(name).map(ClientName)
     }
 
-    /// Whether a certificate is for this name.
+    /// Whether a certificate is for this name: one of its subject alternative names. A common name does not count.
     pub(crate) fn is_of(&self, certificate: &CertificateDer<'_>) -> bool {
         EndEntityCert::try_from(certificate)
             .is_ok_and(|certificate| certificate.verify_is_valid_for_subject_name(&self.0).is_ok())
+    }
+
+    /// For whom a certificate is that is not for this name.
+    pub(crate) fn presented(&self, certificate: &CertificateDer<'_>) -> Vec<String> {
+        let checked = EndEntityCert::try_from(certificate)
+            .and_then(|certificate| certificate.verify_is_valid_for_subject_name(&self.0));
+        match checked {
+            Err(webpki::Error::CertNotValidForName(context)) => context.presented,
+            _ => Vec::new(),
+        }
     }
 }
 

@@ -23,11 +23,12 @@ pub struct Export {
     #[arg(long, value_name = "DIR")]
     pub overlay: Option<PathBuf>,
     /// Serve with TLS only, by ca-cert.pem, server-cert.pem and server-key.pem in this folder (and ca-crl.pem if it is
-    /// there); clients must have a certificate of that authority
+    /// there); clients must have a certificate of that authority. Files that change count from the next connection on
     #[arg(long, value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
-    /// Only for clients whose certificate is for this name; may be repeated [default: all of the authority's]
-    #[arg(long = "tls-client", value_name = "NAME", requires = "tls_dir")]
+    /// Only for clients whose certificate is for this name (a subject alternative name), of all disks or of DISK only;
+    /// may be repeated [default: all of the authority's]
+    #[arg(long = "tls-client", value_name = "[DISK=]NAME", requires = "tls_dir")]
     pub tls_clients: Vec<String>,
     /// Let everybody in who can connect, with TLS but without a certificate
     #[arg(long, requires = "tls_dir", conflicts_with = "tls_clients")]
