@@ -1,13 +1,13 @@
 //! What a machine is made of: a plain value, stored with the recovery it belongs to.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 /// The longest path a Unix socket can have (`sun_path` less its terminating zero).
 pub const MAX_SOCKET_PATH: usize = 107;
+/// The first port of VNC; a display's number is counted from it.
+pub(crate) const VNC_PORT_MIN: u16 = 5900;
 /// Disks per machine: what fits on the root bus beside the other devices without bridges.
 pub const MAX_DISKS: usize = 20;
 const MIB: u64 = 1024 * 1024;
@@ -27,10 +27,19 @@ pub struct MachineDefinition {
     pub firmware: Firmware,
     /// `q35`, `pc`, or a versioned type such as `pc-q35-9.2`.
     pub machine_type: String,
+    /// A CPU model in QEMU's words. Absent, or `host`: the host's own under KVM, the emulator's best (`max`) under TCG.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_model: Option<String>,
     /// In boot order.
     pub disks: Vec<MachineDisk>,
-    /// The one network card, if any.
+    /// Where the one network card leads to, if there is one.
     pub network: Network,
+    /// What card that is.
+    #[serde(default)]
+    pub card: Card,
+    /// Where its screen is shown.
+    #[serde(default)]
+    pub display: Display,
     /// KVM, TCG, or whichever works.
     pub accelerator: Accelerator,
     /// Where the machine keeps its sockets and logs.
@@ -148,6 +157,8 @@ pub enum Bus {
     Sata,
     /// For guests older than SATA; only on machine type `pc`, four disks.
     Ide,
+    /// A controller for each disk. The machine cannot be paused when a request fails: the guest is told.
+    Nvme,
 }
 
 /// The network card's other end.
@@ -163,6 +174,34 @@ pub enum Network {
     Isolated,
     /// A bridge of the host.
     Bridge(String),
+}
+
+/// The model of the network card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Card {
+    /// Fastest.
+    #[default]
+    Virtio,
+    /// Intel 82574L: for guests without virtio drivers.
+    E1000e,
+    /// Intel 82540EM: for older ones.
+    E1000,
+    /// Realtek: for still older ones.
+    Rtl8139,
+}
+
+/// Where the machine's screen is shown.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Display {
+    /// Nowhere. The machine has a graphics card all the same.
+    #[default]
+    None,
+    /// VNC on a Unix socket: whoever may open it sees the screen and types.
+    VncSocket(PathBuf),
+    /// VNC on a port of the loopback address, from 5900: every user of this host sees the screen and types.
+    VncPort(u16),
 }
 
 /// What executes the guest.
@@ -264,6 +303,18 @@ pub enum DefinitionError {
         /// As given.
         bridge: String,
     },
+    /// Not a word QEMU could know.
+    #[error("{cpu_model:?} is not a CPU model; `qemu-system-x86_64 -cpu help` lists them")]
+    CpuModel {
+        /// As given.
+        cpu_model: String,
+    },
+    /// VNC counts its ports from 5900.
+    #[error("VNC cannot be on port {port}; use one from 5900 on")]
+    VncPort {
+        /// As given.
+        port: u16,
+    },
     /// Not a unicast address.
     #[error("{mac:?} is not a unicast MAC address such as 52:54:00:12:34:56")]
     Mac {
@@ -281,8 +332,11 @@ impl MachineDefinition {
             cpus: 1,
             firmware: Firmware::default(),
             machine_type: "q35".to_owned(),
+            cpu_model: None,
             disks: Vec::new(),
             network: Network::default(),
+            card: Card::default(),
+            display: Display::default(),
             accelerator: Accelerator::default(),
             files,
             errors: ErrorPolicy::default(),
@@ -334,6 +388,18 @@ impl MachineDefinition {
         let word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+');
         if self.machine_type.is_empty() || !self.machine_type.chars().all(word) {
             return Err(DefinitionError::MachineType { machine_type: self.machine_type.clone() });
+        }
+        if let Some(cpu_model) = &self.cpu_model {
+            // A model may be followed by features: `Skylake-Client,-hle,+avx`.
+            let word = |c: char| word(c) || matches!(c, ',' | '=');
+            if cpu_model.is_empty() || !cpu_model.starts_with(char::is_alphanumeric) || !cpu_model.chars().all(word) {
+                return Err(DefinitionError::CpuModel { cpu_model: cpu_model.clone() });
+            }
+        }
+        match &self.display {
+            Display::VncPort(port) if *port < VNC_PORT_MIN => return Err(DefinitionError::VncPort { port: *port }),
+            Display::VncSocket(path) => check_socket(path)?,
+            Display::None | Display::VncPort(_) => {}
         }
         self.check_disks()?;
         self.check_network()?;
@@ -416,79 +482,6 @@ fn check_socket(path: &Path) -> Result<(), DefinitionError> {
         return Err(DefinitionError::SocketPathTooLong { path: path.to_owned(), length });
     }
     Ok(())
-}
-
-impl fmt::Display for Bus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Bus::VirtioBlk => "virtio-blk",
-            Bus::VirtioScsi => "virtio-scsi",
-            Bus::Sata => "sata",
-            Bus::Ide => "ide",
-        })
-    }
-}
-
-impl fmt::Display for Accelerator {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Accelerator::Auto => "auto",
-            Accelerator::Kvm => "kvm",
-            Accelerator::Tcg => "tcg",
-        })
-    }
-}
-
-impl fmt::Display for Network {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Network::None => f.write_str("none"),
-            Network::User => f.write_str("user"),
-            Network::Isolated => f.write_str("isolated"),
-            Network::Bridge(bridge) => write!(f, "bridge:{bridge}"),
-        }
-    }
-}
-
-impl FromStr for Accelerator {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Accelerator::Auto),
-            "kvm" => Ok(Accelerator::Kvm),
-            "tcg" => Ok(Accelerator::Tcg),
-            other => Err(format!("unknown accelerator {other:?}; use auto, kvm or tcg")),
-        }
-    }
-}
-
-impl FromStr for Network {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match (text, text.strip_prefix("bridge:")) {
-            ("none", _) => Ok(Network::None),
-            ("user", _) => Ok(Network::User),
-            ("isolated", _) => Ok(Network::Isolated),
-            (_, Some(bridge)) if !bridge.is_empty() => Ok(Network::Bridge(bridge.to_owned())),
-            (other, _) => Err(format!("unknown network {other:?}; use none, user, isolated or bridge:NAME")),
-        }
-    }
-}
-
-impl FromStr for Bus {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "virtio" | "virtio-blk" => Ok(Bus::VirtioBlk),
-            "scsi" | "virtio-scsi" => Ok(Bus::VirtioScsi),
-            "sata" => Ok(Bus::Sata),
-            "ide" => Ok(Bus::Ide),
-            other => Err(format!("unknown bus {other:?}; use virtio-blk, virtio-scsi, sata or ide")),
-        }
-    }
 }
 
 #[cfg(test)]

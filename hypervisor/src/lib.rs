@@ -12,9 +12,10 @@ mod definition;
 mod machine;
 mod mirror;
 pub mod qemu;
+mod words;
 
 pub use definition::{
-    Accelerator, Bus, DefinitionError, DiskSource, ErrorPolicy, Firmware, MAX_DISKS, MAX_SOCKET_PATH,
+    Accelerator, Bus, Card, DefinitionError, DiskSource, Display, ErrorPolicy, Firmware, MAX_DISKS, MAX_SOCKET_PATH,
     MachineDefinition, MachineDisk, MachineFiles, Network,
 };
 pub use machine::{Exit, Hypervisor, IoErrorEvent, Machine, MachineError, MachineEvent, Pending, Status, Subscription};

@@ -2,7 +2,9 @@
 //! and end. The emulator is used everywhere, so that a host's KVM does not matter.
 #![expect(clippy::print_stdout, reason = "a skipped test says so")]
 
+use std::io::Read;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -10,8 +12,9 @@ use std::time::{Duration, Instant};
 use hypervisor::qemu::guest_agent::{AgentError, GuestAgent};
 use hypervisor::qemu::qmp;
 use hypervisor::{
-    Accelerator, AdoptError, Bus, DiskSource, ErrorPolicy, Firmware, Hypervisor, MachineDefinition, MachineDisk,
-    MachineError, MachineEvent, MachineFiles, Network, Qemu, QemuHypervisor, StartError, Status, Subscription,
+    Accelerator, AdoptError, Bus, Card, DiskSource, Display, ErrorPolicy, Firmware, Hypervisor, MachineDefinition,
+    MachineDisk, MachineError, MachineEvent, MachineFiles, Network, Qemu, QemuHypervisor, StartError, Status,
+    Subscription,
 };
 use serde_json::json;
 use tempfile::TempDir;
@@ -377,12 +380,24 @@ async fn every_bus_firmware_and_machine_type_starts() {
         return;
     }
     let all = [
-        ("q35", Firmware::Bios, vec![Bus::VirtioBlk, Bus::VirtioScsi, Bus::Sata], Network::User),
-        ("pc", Firmware::Bios, vec![Bus::Ide, Bus::Ide, Bus::Ide, Bus::Sata, Bus::VirtioScsi], Network::Isolated),
-        ("q35", Firmware::Uefi, vec![Bus::VirtioBlk; hypervisor::MAX_DISKS], Network::User),
-        ("pc", Firmware::Uefi, vec![Bus::VirtioBlk; hypervisor::MAX_DISKS], Network::User),
+        (
+            "q35",
+            Firmware::Bios,
+            vec![Bus::Nvme, Bus::VirtioBlk, Bus::VirtioScsi, Bus::Sata, Bus::Nvme],
+            Network::User,
+            Card::E1000e,
+        ),
+        (
+            "pc",
+            Firmware::Bios,
+            vec![Bus::Ide, Bus::Ide, Bus::Ide, Bus::Sata, Bus::VirtioScsi, Bus::Nvme],
+            Network::Isolated,
+            Card::Rtl8139,
+        ),
+        ("q35", Firmware::Uefi, vec![Bus::VirtioBlk; hypervisor::MAX_DISKS], Network::User, Card::Virtio),
+        ("pc", Firmware::Uefi, vec![Bus::Nvme; hypervisor::MAX_DISKS], Network::User, Card::E1000),
     ];
-    for (machine_type, firmware, buses, network) in all {
+    for (machine_type, firmware, buses, network, card) in all {
         let lab = Lab::new();
         let mut machine = lab.machine(Bus::VirtioBlk);
         let disk = machine.disks.remove(0);
@@ -390,6 +405,9 @@ async fn every_bus_firmware_and_machine_type_starts() {
         machine.machine_type = machine_type.to_owned();
         machine.firmware = firmware;
         machine.network = network;
+        machine.card = card;
+        machine.cpu_model = (firmware == Firmware::Uefi).then(|| "Haswell".to_owned());
+        machine.display = Display::VncSocket(machine.files.qmp.with_file_name("vnc.sock"));
         let qemu = match Qemu::start(&machine).await {
             Err(StartError::Firmware { .. }) if std::env::var_os("CI").is_none() => {
                 println!("skipped: no UEFI firmware is installed");
@@ -402,6 +420,10 @@ async fn every_bus_firmware_and_machine_type_starts() {
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok(), "nothing listens on port {port}");
         let agent = GuestAgent::connect(&machine.files.guest_agent, Duration::from_millis(200)).await;
         assert!(matches!(agent, Err(AgentError::Silent { .. })), "{agent:?}");
+        let mut screen = UnixStream::connect(machine.files.qmp.with_file_name("vnc.sock")).expect("VNC listens");
+        let mut greeting = [0; 4];
+        screen.read_exact(&mut greeting).expect("VNC greets");
+        assert_eq!(&greeting, b"RFB ");
         qemu.quit(GRACE).await.expect("it ends");
     }
 }

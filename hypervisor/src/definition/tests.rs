@@ -74,8 +74,10 @@ fn a_definition_survives_json_and_old_json_without_the_newer_fields() {
     let mut json = serde_json::to_value(&machine).expect("a definition is plain data");
     let back: MachineDefinition = serde_json::from_value(json.clone()).expect("what was written can be read");
     assert_eq!(back, machine);
-    json.as_object_mut().expect("a definition is an object").remove("errors");
-    let back: MachineDefinition = serde_json::from_value(json).expect("errors has a default");
+    for newer in ["errors", "card", "display"] {
+        json.as_object_mut().expect("a definition is an object").remove(newer).expect("it is written");
+    }
+    let back: MachineDefinition = serde_json::from_value(json).expect("what is newer has a default");
     assert_eq!(back, machine);
 }
 
@@ -86,4 +88,26 @@ fn networks_are_read_as_written() {
     }
     assert!("bridge:".parse::<Network>().is_err());
     assert!("wifi".parse::<Network>().is_err());
+}
+
+#[test]
+fn buses_and_cards_are_read_as_written() {
+    for text in ["virtio-blk", "virtio-scsi", "sata", "ide", "nvme"] {
+        assert_eq!(text.parse::<Bus>().map(|bus| bus.to_string()), Ok(text.to_owned()));
+    }
+    for text in ["virtio", "e1000e", "e1000", "rtl8139"] {
+        assert_eq!(text.parse::<Card>().map(|card| card.to_string()), Ok(text.to_owned()));
+    }
+    assert!("floppy".parse::<Bus>().is_err() && "ne2000".parse::<Card>().is_err());
+}
+
+#[test]
+fn a_cpu_model_is_one_word_and_its_features() {
+    let mut machine = machine();
+    for (model, good) in
+        [("host", true), ("Skylake-Client-v3,-hle", true), ("", false), (",x", false), ("a b", false), ("a\n", false)]
+    {
+        machine.cpu_model = Some(model.to_owned());
+        assert_eq!(machine.check().is_ok(), good, "{model:?}");
+    }
 }

@@ -8,7 +8,9 @@
 //!   in SIGKILL. Guests give up on SATA and IDE requests by themselves (Linux after 30 s), so there the machine is
 //!   paused before: its clock stands still and it never notices.
 //! - `werror`, `rerror`: with [`ErrorPolicy::Pause`] a failed request pauses the machine and `cont` repeats it.
-//!   `enospc` does so only when space ran out.
+//!   `enospc` does so only when space ran out. QEMU's NVMe controller has neither: the guest is told of every error. Its
+//!   requests wait as long as virtio's all the same: a Linux guest that loses patience (after 30 s) resets the controller,
+//!   QEMU answers that only when the requests are done, and nothing is lost.
 //! - `discard=unmap`, `detect-zeroes=unmap`: what the guest trims or fills with zeroes takes no room in the overlay.
 
 use std::ffi::OsString;
@@ -16,7 +18,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::definition::{Bus, DiskSource, ErrorPolicy, MachineDefinition, Network};
+use crate::definition::{Bus, Card, DiskSource, Display, ErrorPolicy, MachineDefinition, Network, VNC_PORT_MIN};
 
 /// Seconds a virtio request waits for the export to come back.
 pub const RECONNECT_DELAY_VIRTIO: u32 = 86_400;
@@ -43,6 +45,11 @@ pub fn arguments(machine: &MachineDefinition, launch: &Launch) -> Vec<OsString> 
     line.add("-name", format!("guest={},debug-threads=on", escape(&machine.name)));
     line.flags(&["-no-user-config", "-nodefaults"]);
     line.add("-display", "none");
+    match &machine.display {
+        Display::None => {}
+        Display::VncSocket(path) => line.add("-vnc", format!("unix:{}", escape(&text(path)))),
+        Display::VncPort(port) => line.add("-vnc", format!("127.0.0.1:{}", port.saturating_sub(VNC_PORT_MIN))),
+    }
     if launch.sandbox {
         // Not spawn=deny or elevateprivileges=deny: going to the background needs fork and setsid, which they forbid.
         line.add("-sandbox", "on,obsolete=deny,resourcecontrol=deny");
@@ -51,11 +58,13 @@ pub fn arguments(machine: &MachineDefinition, launch: &Launch) -> Vec<OsString> 
     line.add("-machine", format!("{}{flash}", machine.machine_type));
     if launch.kvm {
         line.add("-accel", "kvm");
-        line.add("-cpu", "host");
     } else {
         line.add("-accel", "tcg,thread=multi");
-        line.add("-cpu", "max");
     }
+    let best = if launch.kvm { "host" } else { "max" };
+    // Only KVM has the host's processor.
+    let model = machine.cpu_model.as_deref().filter(|model| *model != "host");
+    line.add("-cpu", model.unwrap_or(best));
     line.add("-smp", machine.cpus.to_string());
     line.add("-m", format!("{}M", machine.memory_mib()));
     line.add("-rtc", "base=utc");
@@ -144,7 +153,7 @@ fn disks(machine: &MachineDefinition, line: &mut Line) {
     let (mut scsi, mut sata, mut ide) = (0, 0, 0);
     for (index, disk) in machine.disks.iter().enumerate() {
         let reconnect = match disk.bus {
-            Bus::VirtioBlk | Bus::VirtioScsi => RECONNECT_DELAY_VIRTIO,
+            Bus::VirtioBlk | Bus::VirtioScsi | Bus::Nvme => RECONNECT_DELAY_VIRTIO,
             Bus::Sata | Bus::Ide => RECONNECT_DELAY_ATA,
         };
         let drive = block_node(&format!("disk{index}"), &disk.source, reconnect);
@@ -167,16 +176,20 @@ fn disks(machine: &MachineDefinition, line: &mut Line) {
                 ide += 1;
                 format!("ide-hd,bus=ide.{},unit={}", (ide - 1) / 2, (ide - 1) % 2)
             }
+            Bus::Nvme => "nvme".to_owned(),
         };
-        let serial = serial(&disk.name);
-        let serial = if serial.is_empty() { serial } else { format!(",serial={serial}") };
-        line.add(
-            "-device",
-            format!(
-                "{device},id=device{index},drive=disk{index},bootindex={}{serial},werror={stop_write},rerror={stop_read}",
-                index + 1
-            ),
-        );
+        let serial = match (serial(&disk.name), disk.bus) {
+            // A controller does not start without one.
+            (none, Bus::Nvme) if none.is_empty() => format!(",serial=disk{index}"),
+            (none, _) if none.is_empty() => none,
+            (serial, _) => format!(",serial={serial}"),
+        };
+        let errors = match disk.bus {
+            Bus::Nvme => String::new(),
+            _ => format!(",werror={stop_write},rerror={stop_read}"),
+        };
+        let boot = index + 1;
+        line.add("-device", format!("{device},id=device{index},drive=disk{index},bootindex={boot}{serial}{errors}"));
     }
 }
 
@@ -189,7 +202,13 @@ fn network(machine: &MachineDefinition, line: &mut Line) {
     };
     line.add("-netdev", backend);
     // No boot code from the card: a recovery boots from its disks.
-    line.add("-device", format!("virtio-net-pci,netdev=net0,mac={},romfile=", machine.mac()));
+    let card = match machine.card {
+        Card::Virtio => "virtio-net-pci",
+        Card::E1000e => "e1000e",
+        Card::E1000 => "e1000",
+        Card::Rtl8139 => "rtl8139",
+    };
+    line.add("-device", format!("{card},netdev=net0,mac={},romfile=", machine.mac()));
 }
 
 /// What of a disk's name can be a serial number everywhere.
@@ -333,6 +352,43 @@ mod tests {
             assert!(text.contains(part), "{part} is not in {text}");
         }
         assert_eq!(text.matches("virtio-scsi-pci").count(), 1);
+    }
+
+    #[test]
+    fn an_nvme_disk_has_a_serial_number_and_no_error_policy() {
+        let mut machine = machine(&[Bus::Nvme, Bus::Nvme]);
+        machine.disks[1].name = "/".to_owned();
+        let text = line(&machine, &TCG);
+        assert!(text.contains("-device nvme,id=device0,drive=disk0,bootindex=1,serial=rootdisk0\n"), "{text}");
+        assert!(text.contains("-device nvme,id=device1,drive=disk1,bootindex=2,serial=disk1\n"), "{text}");
+        assert!(text.contains(r#""node-name":"disk1","reconnect-delay":86400,"#), "{text}");
+    }
+
+    #[test]
+    fn a_named_processor_is_taken_and_the_hosts_only_with_kvm() {
+        let mut machine = machine(&[]);
+        let kvm = Launch { kvm: true, ..TCG };
+        for (model, launch, expected) in [
+            ("host", &TCG, "-cpu max\n"),
+            ("host", &kvm, "-cpu host\n"),
+            ("Haswell-v4,+avx", &TCG, "-cpu Haswell-v4,+avx\n"),
+            ("Haswell-v4,+avx", &kvm, "-cpu Haswell-v4,+avx\n"),
+        ] {
+            machine.cpu_model = Some(model.to_owned());
+            machine.check().expect("a model");
+            assert!(line(&machine, launch).contains(expected), "{model}");
+        }
+    }
+
+    #[test]
+    fn a_screen_is_shown_on_a_socket_or_on_loopback_only() {
+        let mut machine = machine(&[]);
+        machine.display = Display::VncSocket("/run/lb/web,01/vnc.sock".into());
+        assert!(line(&machine, &TCG).contains("-vnc unix:/run/lb/web,,01/vnc.sock\n"));
+        machine.display = Display::VncPort(5907);
+        assert!(line(&machine, &TCG).contains("-vnc 127.0.0.1:7\n"));
+        machine.display = Display::VncPort(80);
+        assert!(machine.check().is_err());
     }
 
     #[test]

@@ -34,6 +34,18 @@ pub enum FirmwareError {
         /// Its size.
         size: u64,
     },
+    /// The machine's variables go with another build of the firmware.
+    #[error(
+        "no UEFI firmware on this host goes with {}, which has {size} bytes (found: {found})", path.display()
+    )]
+    Variables {
+        /// The machine's variables.
+        path: PathBuf,
+        /// Their size.
+        size: u64,
+        /// What is there, with the sizes of their variables.
+        found: String,
+    },
     /// The copy could not be made.
     #[error("cannot prepare UEFI variables {}", path.display())]
     Io {
@@ -52,32 +64,55 @@ pub fn prepare(variables: &Path) -> Result<PathBuf, FirmwareError> {
 }
 
 fn prepare_from<'a>(
-    mut places: impl Iterator<Item = (&'a Path, &'a Path)>,
+    places: impl Iterator<Item = (&'a Path, &'a Path)>,
     variables: &Path,
 ) -> Result<PathBuf, FirmwareError> {
-    let (code, template) =
-        places.find(|(code, template)| code.is_file() && template.is_file()).ok_or(FirmwareError::Missing)?;
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| FirmwareError::Io { path, source }
     };
-    if !variables.try_exists().map_err(failed(variables))? {
-        let size = fs::metadata(template).map_err(failed(template))?.len();
-        if size == 0 || size > MAX_TEMPLATE {
-            return Err(FirmwareError::Template { path: template.to_owned(), size });
+    let mut places = places.filter(|(code, template)| code.is_file() && template.is_file()).peekable();
+    let (first, template) = *places.peek().ok_or(FirmwareError::Missing)?;
+    let size = match fs::metadata(variables) {
+        Ok(own) => own.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            copy(template, variables)?;
+            return Ok(first.to_owned());
         }
-        let bytes = fs::read(template).map_err(failed(template))?;
-        // Written beside and renamed, so that a crash leaves no half file that would be kept for ever.
-        let temporary = variables.with_extension("new");
-        let written = (|| {
-            let mut file = fs::File::create(&temporary)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            fs::rename(&temporary, variables)
-        })();
-        written.map_err(failed(variables))?;
+        Err(source) => return Err(failed(variables)(source)),
+    };
+    // Code that was built for a store of another size would not find its variables.
+    let mut found = Vec::new();
+    for (code, template) in places {
+        let there = fs::metadata(template).map_err(failed(template))?.len();
+        if there == size {
+            return Ok(code.to_owned());
+        }
+        found.push(format!("{} with {there}", code.display()));
     }
-    Ok(code.to_owned())
+    Err(FirmwareError::Variables { path: variables.to_owned(), size, found: found.join(", ") })
+}
+
+/// A machine's own variables from a template. Written beside and renamed, so that a crash leaves no half file that would
+/// be kept for ever.
+fn copy(template: &Path, variables: &Path) -> Result<(), FirmwareError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| FirmwareError::Io { path, source }
+    };
+    let size = fs::metadata(template).map_err(failed(template))?.len();
+    if size == 0 || size > MAX_TEMPLATE {
+        return Err(FirmwareError::Template { path: template.to_owned(), size });
+    }
+    let bytes = fs::read(template).map_err(failed(template))?;
+    let temporary = variables.with_extension("new");
+    let written = (|| {
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, variables)
+    })();
+    written.map_err(failed(variables))
 }
 
 #[cfg(test)]
@@ -97,9 +132,25 @@ mod tests {
         let mine = at("mine");
         assert_eq!(prepare_from(places(), &mine).expect("prepared"), code);
         assert_eq!(fs::read(&mine).expect("copied"), b"template");
-        fs::write(&mine, b"boot order of the guest").expect("writable");
-        prepare_from(places(), &mine).expect("prepared");
-        assert_eq!(fs::read(&mine).expect("kept"), b"boot order of the guest");
+        fs::write(&mine, b"bootnext").expect("writable");
+        assert_eq!(prepare_from(places(), &mine).expect("prepared"), code);
+        assert_eq!(fs::read(&mine).expect("kept"), b"bootnext");
+    }
+
+    #[test]
+    fn variables_choose_the_firmware_they_were_made_by() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let at = |name: &str| folder.path().join(name);
+        for (name, bytes) in [("4m", &b"c"[..]), ("4m-vars", b"1234"), ("2m", b"c"), ("2m-vars", b"12"), ("own", b"ab")]
+        {
+            fs::write(at(name), bytes).expect("writable");
+        }
+        let (large, large_vars, small, small_vars) = (at("4m"), at("4m-vars"), at("2m"), at("2m-vars"));
+        let places = || [(large.as_path(), large_vars.as_path()), (small.as_path(), small_vars.as_path())].into_iter();
+        assert_eq!(prepare_from(places(), &at("own")).expect("one fits"), small);
+        fs::write(at("own"), b"abc").expect("writable");
+        let error = prepare_from(places(), &at("own")).expect_err("none fits").to_string();
+        assert!(error.contains("which has 3 bytes") && error.contains("4m with 4, "), "{error}");
     }
 
     #[test]
