@@ -5,6 +5,7 @@ use blockstore::{Locality, Repository};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::PointSummary;
+use crate::hardware::Hardware;
 use crate::problem::Problem;
 
 /// Extents asked for at a time.
@@ -18,8 +19,11 @@ pub struct PointDetail {
     pub summary: PointSummary,
     /// The id of the point it was made against.
     pub parent: Option<String>,
-    /// The VM's hardware definition.
+    /// The machine's definition, without its UEFI variables.
     pub hardware: serde_json::Value,
+    /// The same in a few words.
+    #[serde(default)]
+    pub machine_in_words: String,
     /// Bytes read from the sources.
     pub read: u64,
     /// Bytes of chunks that the repository did not have.
@@ -100,10 +104,17 @@ pub fn point(repository: &Repository, summary: &PointSummary) -> Result<PointDet
         let root = disk.root.to_string();
         disks_detail.push(DiskDetail { name: disk.name.clone(), size: disk.size, data, root, locality });
     }
+    let machine_in_words =
+        Hardware::read(&point.hardware).map_or_else(|why| why.to_string(), |hardware| hardware.to_string());
+    let mut hardware = point.hardware.clone();
+    if let Some(fields) = hardware.as_object_mut() {
+        fields.remove("uefi_vars");
+    }
     Ok(PointDetail {
         summary: summary.clone(),
         parent: point.parent.map(|parent| parent.to_string()),
-        hardware: point.hardware.clone(),
+        hardware,
+        machine_in_words,
         read: point.stats.read,
         new: point.stats.new_bytes,
         compared: point.stats.compared,

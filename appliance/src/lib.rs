@@ -15,6 +15,7 @@ pub mod exports;
 pub mod files;
 mod forget;
 mod frozen;
+pub mod hardware;
 pub mod inspect;
 pub mod jobs;
 mod keyless;

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{FromRequest, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -31,6 +31,9 @@ use crate::rehydrate::RehydrateRequest;
 use crate::restore::{self, RestoreRequest};
 use crate::statistics::{self, Group};
 use crate::{collect, inspect, verify};
+
+/// The largest request holds a machine's definition with its UEFI variables.
+const BODY_MAX: usize = 8 << 20;
 
 /// What `/healthz` says: who answers, and for which repository.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +66,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(metrics))
         .route("/api/v1/points", get(list_points).post(back_up))
         .route("/api/v1/points/{point}", get(show_point))
+        .route("/api/v1/points/{point}/hardware", get(show_hardware))
         .route("/api/v1/points/{point}/restore", post(restore_point))
         .route("/api/v1/verify", post(verify_repository))
         .route("/api/v1/collect", post(collect_repository))
@@ -79,6 +83,7 @@ pub fn router(app: Arc<App>) -> Router {
         .merge(retention::routes())
         .with_state(app.clone())
         .merge(job_routes(app.jobs.clone()))
+        .layer(DefaultBodyLimit::max(BODY_MAX))
         .fallback(|| async { Problem::not_found("there is no such resource") })
 }
 
@@ -159,6 +164,15 @@ async fn back_up(State(app): Shared, Body(request): Body<BackupRequest>) -> Resu
         to_value(&result)
     });
     Ok(accepted(&job))
+}
+
+/// The machine's definition in full, UEFI variables included.
+async fn show_hardware(State(app): Shared, Path(point): Path<String>) -> Answer<serde_json::Value> {
+    blocking(move || {
+        let point = app.resolve(&point)?;
+        Ok(Json(crate::disks::load_point(&app.repository, &point.id)?.hardware))
+    })
+    .await
 }
 
 async fn restore_point(
@@ -244,10 +258,15 @@ async fn recover(
     Body(request): Body<RecoverRequest>,
 ) -> Result<Response, Problem> {
     let (resolving, spec) = (app.clone(), request.point.clone());
-    let point = blocking(move || resolving.resolve(&spec)).await?;
+    let (point, prepared) = blocking(move || {
+        let point = resolving.resolve(&spec)?;
+        let prepared = resolving.recoveries.complete(&point, request)?;
+        Ok((point, prepared))
+    })
+    .await?;
     // An asker who goes away no longer waits for memory.
-    let grant = app.recoveries.admit(&point, &request, query.admission).await?;
-    let work = tokio::spawn(async move { app.recoveries.start(&point, request, grant).await });
+    let grant = app.recoveries.admit(&point, &prepared, query.admission).await?;
+    let work = tokio::spawn(async move { app.recoveries.start(&point, prepared, grant).await });
     let view = work.await.map_err(|error| Problem::failed("the recovery ended badly", &error))??;
     Ok((StatusCode::CREATED, Json(view)).into_response())
 }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use source::absolute_certificates;
 pub use source::{NbdSource, is_uri, parse_source, parse_sources};
 
+use crate::hardware::Hardware;
 use crate::problem::{Kind, Problem};
 
 /// Opens a disk to read it; what format it has is found out by looking where it is not given.
@@ -49,6 +50,9 @@ pub struct BackupRequest {
     /// `raw` or `qcow2`; found out by looking when not given.
     #[serde(default)]
     pub format: Option<String>,
+    /// What the machine is made of, where it is not what its newest point says.
+    #[serde(default)]
+    pub hardware: Hardware,
 }
 
 impl BackupRequest {
@@ -67,7 +71,22 @@ impl BackupRequest {
                     .hint("name each disk differently: root=a.qcow2 data=b.qcow2"));
             }
         }
+        self.hardware.check(self.sources.iter().map(|source| source.disk.as_str()))?;
         check_labels(&self.labels)
+    }
+
+    /// The machine's definition: what is given here, and what the machine's newest point says where nothing is.
+    fn hardware(&self, parent: Option<&RecoveryPoint>) -> serde_json::Value {
+        let told = parent.map_or(serde_json::Value::Null, |parent| parent.hardware.clone());
+        match Hardware::read(&told) {
+            Ok(mut known) => {
+                known.keep_disks(self.sources.iter().map(|source| source.disk.as_str()));
+                self.hardware.clone().over(known).to_value()
+            }
+            // What a later version has written is kept as long as nothing else is said.
+            Err(_) if self.hardware == Hardware::default() => told,
+            Err(_) => self.hardware.to_value(),
+        }
     }
 }
 
@@ -166,7 +185,7 @@ pub fn back_up(
         .seal(PointDetails {
             labels: request.labels.clone(),
             consistency: Consistency::Crash,
-            hardware: serde_json::Value::Null,
+            hardware: request.hardware(parent),
         })
         .map_err(|error| failed(&error))?;
     Ok(BackupResult::of(&point, started))
@@ -183,6 +202,7 @@ mod tests {
             sources: disks.iter().map(source).collect(),
             labels: BTreeMap::new(),
             format: None,
+            hardware: Hardware::default(),
         }
     }
 

@@ -11,11 +11,16 @@ use crate::recovery::CommitRequest;
 use crate::retention::rules::parse_labels;
 
 pub async fn run(door: &Door, global: &Global, args: &Backup) -> Result<(), Problem> {
+    let mut hardware = super::hardware::of(&args.made_of)?;
+    if args.mac.is_some() {
+        hardware.nic.mac.clone_from(&args.mac);
+    }
     let request = BackupRequest {
         machine: args.machine.clone(),
         sources: parse_sources(&args.sources)?,
         labels: parse_labels(&args.labels)?,
         format: args.format.clone(),
+        hardware,
     };
     request.check()?;
     let result = progress::run(&door.client, "/api/v1/points", &request).await?;

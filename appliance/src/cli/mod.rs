@@ -9,6 +9,7 @@ mod cp;
 mod export;
 mod extract;
 mod files;
+mod hardware;
 mod host;
 mod keys;
 mod mount;

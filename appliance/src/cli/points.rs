@@ -2,7 +2,7 @@
 
 use axum::http::Method;
 
-use super::args::{Global, Points, Show};
+use super::args::{Global, Points, ShowPoint};
 use super::client::segment;
 use super::connect::{Door, NOTHING};
 use super::render;
@@ -67,8 +67,13 @@ fn labels(point: &PointSummary) -> String {
     point.labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
 }
 
-pub async fn show(door: &Door, global: &Global, args: &Show) -> Result<(), Problem> {
+pub async fn show(door: &Door, global: &Global, args: &ShowPoint) -> Result<(), Problem> {
     let path = format!("/api/v1/points/{}", segment(&args.point));
+    if args.hardware {
+        let hardware: serde_json::Value = door.client.call(Method::GET, &format!("{path}/hardware"), NOTHING).await?;
+        render::json(&hardware);
+        return Ok(());
+    }
     let point: PointDetail = door.client.call(Method::GET, &path, NOTHING).await?;
     if global.json {
         render::json(&point);
@@ -82,6 +87,7 @@ pub async fn show(door: &Door, global: &Global, args: &Show) -> Result<(), Probl
         ("parent", point.parent.clone().unwrap_or_else(|| "none".to_owned())),
         ("consistency", summary.consistency.clone()),
         ("labels", labels(summary)),
+        ("hardware", point.machine_in_words.clone()),
         ("protected", if summary.protected { protected(summary) } else { "no".to_owned() }),
         ("read", render::bytes(point.read)),
         ("new", render::bytes(point.new)),

@@ -21,13 +21,11 @@ pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Pro
         point: args.point.clone(),
         name: args.name.clone(),
         on: HypervisorKind::parse(&args.on)?,
-        memory: args.memory,
-        cpus: args.cpus,
         network: args.network.clone(),
         accel: args.accel.clone(),
-        firmware: args.firmware.clone(),
-        machine_type: args.machine_type.clone(),
-        bus: args.bus.clone(),
+        display: args.display.clone(),
+        mac: args.mac.clone(),
+        hardware: super::hardware::of(&args.made_of)?,
     };
     let terms = if args.queue {
         "queue"
@@ -107,6 +105,7 @@ pub fn lines(view: &RecoveryView) -> Vec<String> {
         ("console", view.console.clone()),
         ("qmp", view.qmp.clone()),
         ("guest agent", view.guest_agent.clone()),
+        ("display", view.display.clone()),
     ];
     pairs.extend(optional.into_iter().filter_map(|(name, value)| Some((name, value?))));
     let timings = view.timings;

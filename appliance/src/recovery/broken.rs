@@ -28,6 +28,7 @@ pub fn view(name: &str, problem: &Problem) -> RecoveryView {
         console: None,
         qmp: None,
         guest_agent: None,
+        display: None,
         disks: Vec::new(),
         rehydration: None,
         next: vec!["discard".to_owned()],

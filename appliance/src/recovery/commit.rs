@@ -7,11 +7,13 @@ use std::time::Instant;
 use blockstore::{Consistency, PointDetails, Progress, RecoveryPoint};
 use serde::{Deserialize, Serialize};
 
+use super::machine;
 use super::one::Recovery;
 use super::record::Record;
 use crate::capture::{BackupResult, check_labels};
 use crate::disks;
 use crate::frozen::{self, Frozen};
+use crate::hardware::Hardware;
 use crate::problem::Problem;
 use crate::rehydrate::LiveDisk;
 
@@ -38,6 +40,8 @@ pub struct Commit {
     disks: Vec<FrozenDisk>,
     /// The points to build on, the best first.
     parents: Vec<String>,
+    /// The machine as it ran.
+    hardware: Hardware,
 }
 
 #[derive(Debug)]
@@ -70,9 +74,11 @@ impl Recovery {
         let mut parents: Vec<String> = driver.committed.iter().cloned().collect();
         parents.push(self.definition.point.clone());
         let cannot = |error: &std::io::Error| Problem::failed(format!("cannot commit recovery {name}"), error);
-        let disks = tokio::task::block_in_place(|| {
+        let (disks, hardware) = tokio::task::block_in_place(|| {
             let asides = overlays.iter().map(|overlay| frozen::aside(&self.dir().join("disks"), overlay.size()));
             let asides = asides.collect::<Result<Vec<_>, _>>().map_err(|error| cannot(&error))?;
+            let hardware = machine::as_it_is(self.dir(), &self.definition.request, driver.machine.as_ref())
+                .map_err(|error| cannot(&error))?;
             let began = Instant::now();
             // As long as all are closed nothing is in flight anywhere: that is the instant.
             let closed: Vec<_> = live.iter().map(|disk| disk.close()).collect();
@@ -86,9 +92,9 @@ impl Recovery {
             drop(closed);
             let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
             tracing::info!(recovery = %name, pause_us = micros, "recovery frozen to be committed");
-            Ok::<_, Problem>(disks)
+            Ok::<_, Problem>((disks, hardware))
         })?;
-        Ok(Commit { recovery: self.clone(), disks, parents })
+        Ok(Commit { recovery: self.clone(), disks, parents, hardware })
     }
 }
 
@@ -135,7 +141,12 @@ impl Commit {
         for disk in &self.disks {
             backup.add_disk(&disk.name, &*disk.frozen).map_err(|error| failed(&error))?;
         }
-        let hardware = parent.as_ref().map_or(serde_json::Value::Null, |parent| parent.hardware.clone());
+        let told = parent.as_ref().map_or(serde_json::Value::Null, |parent| parent.hardware.clone());
+        let hardware = match Hardware::read(&told) {
+            Ok(known) => self.hardware.clone().over(known).to_value(),
+            // What a later version has written is kept.
+            Err(_) => told,
+        };
         let details = PointDetails { labels: request.labels.clone(), consistency: Consistency::Crash, hardware };
         backup.seal(details).map_err(|error| failed(&error))
     }

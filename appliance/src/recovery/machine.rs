@@ -1,42 +1,59 @@
 //! The virtual machine of a recovery: from what was asked for to what QEMU is started with.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 
 use blockstore::base::Segment;
 use blockstore::overlay::Overlay;
-use hypervisor::{Accelerator, Bus, DiskSource, Firmware, MachineDefinition, MachineDisk, MachineFiles, Network};
+use hypervisor::{Accelerator, DiskSource, Display, Firmware, MachineDefinition, MachineDisk, MachineFiles, Network};
 
 use super::RecoverRequest;
 use super::firmware::{self, Boots};
 use super::one::{Definition, Recovery};
+use crate::catalog::DiskSummary;
+use crate::hardware::{self, Attached, Hardware, Variables, parse};
 use crate::problem::Problem;
 
-/// Least memory a guest is given.
-const MEMORY_MIN: u64 = 16 << 20;
-
-/// Most CPUs a guest is given.
-const CPUS_MAX: u32 = 255;
+/// The file of a recovery's UEFI variables.
+const UEFI_VARS: &str = "uefi-vars.fd";
+/// The socket on which a screen is shown.
+pub const VNC_SOCKET: &str = "vnc.sock";
+/// The first port of VNC.
+const VNC_PORT_MIN: u16 = 5900;
 
 /// Refuses a request that no machine can be made of, before anything exists.
-pub fn check(request: &RecoverRequest) -> Result<(), Problem> {
-    if request.memory < MEMORY_MIN {
-        return Err(Problem::usage(format!("{} bytes of memory are too little for a guest", request.memory))
-            .hint("give a size such as --memory 2G"));
-    }
-    if !(1..=CPUS_MAX).contains(&request.cpus) {
-        return Err(
-            Problem::usage(format!("a guest cannot have {} CPUs", request.cpus)).hint(format!("give 1 to {CPUS_MAX}"))
-        );
-    }
+pub fn check(request: &RecoverRequest, disks: &[DiskSummary]) -> Result<(), Problem> {
+    request.hardware.check(disks.iter().map(|disk| disk.name.as_str()))?;
     parse::<Network>(&request.network)?;
-    parse::<Bus>(&request.bus)?;
     parse::<Accelerator>(&request.accel)?;
-    match request.firmware.as_str() {
-        "auto" | "bios" | "uefi" => Ok(()),
-        other => Err(Problem::usage(format!("there is no firmware `{other}`")).hint("use auto, bios or uefi")),
+    display(&request.display, Path::new("vnc.sock"))?;
+    mac(request).map(drop)
+}
+
+/// The network card's address; `None` where a new one is to be made.
+fn mac(request: &RecoverRequest) -> Result<Option<String>, Problem> {
+    match request.mac.as_deref() {
+        None => Ok(None),
+        Some("keep") => match &request.hardware.nic.mac {
+            Some(mac) => Ok(Some(mac.clone())),
+            None => Err(Problem::usage("the recovery point does not say which MAC address the machine had")
+                .hint("give it: --mac 52:54:00:12:34:56")),
+        },
+        Some(mac) => hardware::check_mac(mac).map(|()| Some(mac.to_owned())),
+    }
+}
+
+/// Where the screen is shown, with its socket at `socket` if it is on one.
+fn display(word: &str, socket: &Path) -> Result<Display, Problem> {
+    let port = |text: &str| text.parse().ok().filter(|port| *port >= VNC_PORT_MIN);
+    match (word, word.strip_prefix("vnc:").map(port)) {
+        ("none", _) => Ok(Display::None),
+        ("vnc", _) => Ok(Display::VncSocket(socket.to_owned())),
+        (_, Some(Some(port))) => Ok(Display::VncPort(port)),
+        _ => Err(Problem::usage(format!("a screen cannot be shown on `{word}`"))
+            .hint(format!("use none, vnc (a Unix socket) or vnc:PORT with a port from {VNC_PORT_MIN} on"))),
     }
 }
 
@@ -47,42 +64,90 @@ pub async fn define(
     first_disk: Option<Arc<Overlay>>,
 ) -> Result<MachineDefinition, Problem> {
     let request = &definition.request;
-    let firmware = match (request.firmware.as_str(), first_disk) {
-        ("bios", _) | ("auto", None) => Firmware::Bios,
-        ("auto", Some(disk)) => tokio::task::spawn_blocking(move || look(&disk))
+    let firmware = match (request.hardware.is_uefi(), first_disk) {
+        (Some(false), _) | (None, None) => Firmware::Bios,
+        (None, Some(disk)) => tokio::task::spawn_blocking(move || look(&disk))
             .await
             .map_err(io::Error::other)
             .flatten()
             .map_err(|error| Problem::failed("cannot look at the first disk", &error))?,
-        _ => Firmware::Uefi,
+        (Some(true), _) => Firmware::Uefi,
     };
-    let bus: Bus = parse(&request.bus)?;
-    let disks = definition
-        .disks
-        .iter()
-        .map(|disk| MachineDisk {
+    let disk = |disk: &DiskSummary| {
+        Ok(MachineDisk {
             name: disk.name.clone(),
             source: DiskSource::Export { socket: recovery.socket("nbd.sock"), export: disk.name.clone() },
-            bus,
+            bus: request.hardware.bus_of(&disk.name)?,
         })
-        .collect();
+    };
+    let disks = definition.disks.iter().map(disk).collect::<Result<Vec<_>, Problem>>()?;
     let files = files(recovery.dir(), |name| recovery.socket(name));
     Ok(MachineDefinition {
-        memory_bytes: request.memory,
-        cpus: request.cpus,
+        memory_bytes: request.hardware.memory(),
+        cpus: request.hardware.cpus(),
+        cpu_model: request.hardware.cpu.clone(),
         firmware,
-        machine_type: request.machine_type.clone(),
+        machine_type: request.hardware.machine_type().to_owned(),
         disks,
         network: parse(&request.network)?,
+        card: request.hardware.card()?,
+        mac_address: mac(request)?,
+        display: display(&request.display, &recovery.socket(VNC_SOCKET))?,
         accelerator: parse(&request.accel)?,
         ..MachineDefinition::new(definition.name.clone(), files)
     })
 }
 
 /// All sockets of the recovery in folder `dir`, which may lie elsewhere.
-pub fn sockets(dir: &Path, socket: impl Fn(&str) -> PathBuf) -> [PathBuf; 4] {
+pub fn sockets(dir: &Path, socket: impl Fn(&str) -> PathBuf) -> [PathBuf; 5] {
     let files = files(dir, &socket);
-    [socket("nbd.sock"), files.control(), files.qmp, files.guest_agent]
+    [socket("nbd.sock"), files.control(), files.qmp, files.guest_agent, socket(VNC_SOCKET)]
+}
+
+/// Where the screen of a recovery is shown, as people are told.
+pub fn display_uri(request: &RecoverRequest, socket: &Path) -> Option<String> {
+    match display(&request.display, socket).ok()? {
+        Display::None => None,
+        Display::VncSocket(path) => Some(format!("vnc+unix://{}", path.display())),
+        Display::VncPort(port) => Some(format!("vnc://127.0.0.1:{port}")),
+    }
+}
+
+/// Puts a machine's UEFI variables into the folder of its recovery, before anything says that it exists.
+pub fn keep_variables(dir: &Path, variables: &Variables) -> io::Result<()> {
+    let mut file = File::create_new(dir.join(UEFI_VARS))?;
+    file.write_all(&variables.0)?;
+    file.sync_all()
+}
+
+/// The definition of a machine as it runs, for a recovery point: what it was asked to be and has become, with the
+/// variables as its firmware has written them. A card's address stays the one that the machine had before.
+pub fn as_it_is(dir: &Path, request: &RecoverRequest, machine: Option<&MachineDefinition>) -> io::Result<Hardware> {
+    let mut hardware = request.hardware.clone();
+    if let Some(machine) = machine {
+        hardware.memory = Some(machine.memory_bytes);
+        hardware.cpus = Some(machine.cpus);
+        hardware.machine_type = Some(machine.machine_type.clone());
+        let firmware = match machine.firmware {
+            Firmware::Bios => "bios",
+            Firmware::Uefi => "uefi",
+        };
+        hardware.firmware = Some(firmware.to_owned());
+        let attached = |disk: &MachineDisk| Attached { name: disk.name.clone(), bus: disk.bus.to_string() };
+        (hardware.bus, hardware.disks) = (None, machine.disks.iter().map(attached).collect());
+        if machine.network != Network::None {
+            hardware.nic.model = Some(machine.card.to_string());
+            hardware.nic.mac = hardware.nic.mac.or_else(|| Some(machine.mac()));
+        }
+    }
+    if hardware.firmware.as_deref() != Some("bios") {
+        hardware.uefi_vars = match std::fs::read(dir.join(UEFI_VARS)) {
+            Ok(bytes) => Some(Variables(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+    }
+    Ok(hardware)
 }
 
 /// Where the machine of the recovery in folder `dir` keeps its files; `socket` tells where a socket lies.
@@ -93,7 +158,7 @@ pub fn files(dir: &Path, socket: impl Fn(&str) -> PathBuf) -> MachineFiles {
         guest_agent: socket("guest-agent.sock"),
         log: dir.join("qemu.log"),
         pid: dir.join("qemu.pid"),
-        uefi_vars: dir.join("uefi-vars.fd"),
+        uefi_vars: dir.join(UEFI_VARS),
     }
 }
 
@@ -120,9 +185,4 @@ fn look(disk: &Overlay) -> io::Result<Firmware> {
         Boots::Bios => Firmware::Bios,
         Boots::Uefi => Firmware::Uefi,
     })
-}
-
-/// A word of the request as what the driver understands.
-fn parse<T: FromStr<Err = String>>(word: &str) -> Result<T, Problem> {
-    word.parse().map_err(Problem::usage)
 }

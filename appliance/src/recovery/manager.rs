@@ -14,6 +14,8 @@ use super::state::State;
 use super::{HypervisorKind, RecoverRequest, RecoveryView};
 use crate::admission::{self, Admission, Capacity, Grant, Holder, Terms};
 use crate::catalog::PointSummary;
+use crate::disks;
+use crate::hardware::Hardware;
 use crate::problem::Problem;
 use crate::rehydrate::RehydrateRequest;
 
@@ -26,6 +28,13 @@ pub struct Recoveries {
     context: Arc<Context>,
     known: Mutex<Known>,
     admission: Arc<Admission>,
+}
+
+/// A request that says all of its machine.
+#[derive(Debug)]
+pub struct Prepared {
+    request: RecoverRequest,
+    warnings: Vec<String>,
 }
 
 #[derive(Debug, Default)]
@@ -81,11 +90,23 @@ impl Recoveries {
         Ok(Capacity::new(host, holders, waiting))
     }
 
+    /// What the machine of `point` is made of where `request` does not say it, and what is odd about that. Reads the
+    /// repository.
+    pub fn complete(&self, point: &PointSummary, request: RecoverRequest) -> Result<Prepared, Problem> {
+        let told = disks::load_point(&self.context.repository, &point.id)?;
+        let (known, warnings) = match Hardware::read(&told.hardware) {
+            Ok(known) => (known, Vec::new()),
+            Err(why) => (Hardware::default(), vec![format!("{why}; going by the command line and defaults")]),
+        };
+        Ok(Prepared { request: RecoverRequest { hardware: request.hardware.over(known), ..request }, warnings })
+    }
+
     /// Keeps room on the host for a recovery of `point`, or waits for it, as `terms` say. Dropped, it no longer waits.
-    pub async fn admit(&self, point: &PointSummary, request: &RecoverRequest, terms: Terms) -> Result<Grant, Problem> {
+    pub async fn admit(&self, point: &PointSummary, prepared: &Prepared, terms: Terms) -> Result<Grant, Problem> {
+        let request = &prepared.request;
         let name = request.name.as_deref().unwrap_or(&point.machine);
         crate::capture::check_name("recovery", name)?;
-        super::machine::check(request)?;
+        super::machine::check(request, &point.disks)?;
         self.refuse_known(&self.lock(), name)?;
         self.admission.admit(name, request.ask(), terms, |granted, waiting| self.add_up(granted, waiting)).await
     }
@@ -101,15 +122,11 @@ impl Recoveries {
     /// Starts a recovery of `point`, for which room is kept.
     ///
     /// One that does not come up is taken away again before the failure is returned, unless it was not new.
-    pub async fn start(
-        &self,
-        point: &PointSummary,
-        request: RecoverRequest,
-        grant: Grant,
-    ) -> Result<RecoveryView, Problem> {
+    pub async fn start(&self, point: &PointSummary, prepared: Prepared, grant: Grant) -> Result<RecoveryView, Problem> {
+        let Prepared { request, mut warnings } = prepared;
         let name = request.name.clone().unwrap_or_else(|| point.machine.clone());
         crate::capture::check_name("recovery", &name)?;
-        super::machine::check(&request)?;
+        super::machine::check(&request, &point.disks)?;
         let definition = Definition {
             name: name.clone(),
             point: point.id.clone(),
@@ -125,7 +142,10 @@ impl Recoveries {
             recovery
         };
         match recovery.bring_up().await {
-            Ok(()) => Ok(RecoveryView { warnings: grant.warnings.clone(), ..recovery.view() }),
+            Ok(()) => {
+                warnings.extend(grant.warnings.iter().cloned());
+                Ok(RecoveryView { warnings, ..recovery.view() })
+            }
             Err(problem) => {
                 match recovery.discard().await {
                     Ok(()) => {

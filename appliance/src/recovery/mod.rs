@@ -19,6 +19,7 @@ mod watch;
 use serde::{Deserialize, Serialize};
 
 use crate::admission::Ask;
+use crate::hardware::Hardware;
 use crate::rehydrate::Mode;
 use crate::statistics::Served;
 
@@ -48,27 +49,30 @@ pub struct RecoverRequest {
     pub name: Option<String>,
     /// What to run it on.
     pub on: HypervisorKind,
-    /// The guest's memory in bytes.
-    pub memory: u64,
-    /// Its virtual CPUs.
-    pub cpus: u32,
-    /// `none`, `user` or `bridge:NAME`.
+    /// `none`, `user`, `isolated` or `bridge:NAME`.
     pub network: String,
     /// `auto`, `kvm` or `tcg`.
     pub accel: String,
-    /// `auto`, `bios` or `uefi`.
-    pub firmware: String,
-    /// QEMU's machine type.
-    pub machine_type: String,
-    /// How the disks are attached: `virtio`, `scsi` or `sata`.
-    pub bus: String,
+    /// Where the screen is shown: `none`, `vnc` (a Unix socket) or `vnc:PORT` (on loopback).
+    #[serde(default = "no_display")]
+    pub display: String,
+    /// The network card's address: `keep` takes the machine's, else a new one is made from the recovery's name.
+    #[serde(default)]
+    pub mac: Option<String>,
+    /// What the machine is made of, where it is not what the recovery point says. A recovery that exists has it all.
+    #[serde(flatten)]
+    pub hardware: Hardware,
+}
+
+fn no_display() -> String {
+    "none".to_owned()
 }
 
 impl RecoverRequest {
     /// What its VM takes of the host.
     pub fn ask(&self) -> Ask {
         match self.on {
-            HypervisorKind::Qemu => Ask { memory: self.memory, cpus: self.cpus },
+            HypervisorKind::Qemu => Ask { memory: self.hardware.memory(), cpus: self.hardware.cpus() },
             HypervisorKind::None => Ask { memory: 0, cpus: 0 },
         }
     }
@@ -101,6 +105,9 @@ pub struct RecoveryView {
     pub qmp: Option<String>,
     /// The guest agent's socket.
     pub guest_agent: Option<String>,
+    /// Where the screen is shown: `vnc+unix:///PATH` or `vnc://127.0.0.1:PORT`.
+    #[serde(default)]
+    pub display: Option<String>,
     /// Its disks.
     pub disks: Vec<DiskView>,
     /// How the move to production storage stands, while there is one.

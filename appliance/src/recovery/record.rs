@@ -37,17 +37,23 @@ const VERSION: u32 = 1;
 
 impl Recovery {
     /// Makes a recovery's folder and journal. Nothing else exists yet.
-    pub fn create(context: Arc<Context>, definition: Definition) -> Result<Arc<Recovery>, Problem> {
+    ///
+    /// Order: (1) the folder, with the machine's UEFI variables if it comes with some; (2) the journal's first line,
+    /// which does not hold them; (3) the sync of the folder above.
+    pub fn create(context: Arc<Context>, mut definition: Definition) -> Result<Arc<Recovery>, Problem> {
         let dir = context.state.recoveries().join(&definition.name);
-        let cannot = |error: &(dyn std::error::Error + 'static)| {
-            Problem::failed(format!("cannot make recovery {} in {}", definition.name, dir.display()), error)
-        };
+        let what = format!("cannot make recovery {} in {}", definition.name, dir.display());
+        let cannot = |error: &(dyn std::error::Error + 'static)| Problem::failed(what.clone(), error);
         // A folder without a journal is what a finished discard may leave when the power goes.
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(&error)),
             _ => {}
         }
         crate::state_dir::create_private_dir(&dir.join("disks")).map_err(|error| cannot(&error))?;
+        if let Some(variables) = definition.request.hardware.uefi_vars.take() {
+            definition.request.hardware.firmware = Some("uefi".to_owned());
+            super::machine::keep_variables(&dir, &variables).map_err(|error| cannot(&error))?;
+        }
         let mut journal = Journal::create(&dir.join("journal")).map_err(|error| cannot(&error))?;
         journal
             .append(&Record::Created { version: VERSION, definition: Box::new(definition.clone()) })

@@ -2,6 +2,7 @@
 
 use blockstore::overlay::Room;
 
+use super::machine::{self, VNC_SOCKET};
 use super::one::{Recovery, Shown};
 use super::state::State;
 use super::{DiskView, HypervisorKind, RecoveryView, RehydrationView};
@@ -53,6 +54,7 @@ impl Recovery {
             console: path("console.log"),
             qmp: socket("qmp.sock"),
             guest_agent: socket("guest-agent.sock"),
+            display: qemu.then(|| machine::display_uri(&self.definition.request, &self.socket(VNC_SOCKET))).flatten(),
             disks: self.definition.disks.iter().enumerate().map(disk).collect(),
             rehydration: rehydration(&shown),
             next: shown.state.next_steps().iter().map(|step| (*step).to_owned()).collect(),

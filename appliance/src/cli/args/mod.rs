@@ -1,6 +1,7 @@
 //! What can be typed.
 
 mod files;
+mod machine;
 mod points;
 mod recovery;
 mod serve;
@@ -16,7 +17,8 @@ use crate::app::Options;
 use crate::problem::Problem;
 
 pub use files::{Cp, Find, Ls, Mount};
-pub use points::{Backup, Forget, Init, Points, Protect, Restore, Show};
+pub use machine::MachineArgs;
+pub use points::{Backup, Forget, Init, Points, Protect, Restore, Show, ShowPoint};
 pub use recovery::{Commit, Name, Recover, Recoveries, Recovery, Rehydrate, Start};
 pub use serve::{Export, Serve, Tls};
 pub use size::parse_size;
@@ -108,7 +110,7 @@ pub enum Command {
     /// List recovery points
     Points(Points),
     /// Show one recovery point
-    Show(Show),
+    Show(ShowPoint),
     /// Protect a recovery point: no prune or forget passes it
     Protect(Protect),
     /// Take a recovery point's protection away

@@ -3,7 +3,7 @@
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 
-use super::parse_size;
+use super::{MachineArgs, parse_size};
 
 #[derive(Debug, Args)]
 pub struct Init {
@@ -16,6 +16,9 @@ pub struct Init {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+What the machine is made of is kept with the recovery point, and `recover` goes by it. What is not given is taken from\n\
+the machine's newest point.")]
 pub struct Backup {
     /// What the machine is called
     pub machine: String,
@@ -29,6 +32,11 @@ pub struct Backup {
     /// Take image files to be `raw` or `qcow2` instead of looking
     #[arg(long, value_parser = ["raw", "qcow2"])]
     pub format: Option<String>,
+    #[command(flatten)]
+    pub made_of: MachineArgs,
+    /// The network card's address
+    #[arg(long, value_name = "ADDRESS", help_heading = "The machine")]
+    pub mac: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -42,6 +50,16 @@ pub struct Show {
     /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub point: String,
+}
+
+#[derive(Debug, Args)]
+pub struct ShowPoint {
+    /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    pub point: String,
+    /// Print the machine's definition in full, for --hardware of `backup` and `recover`
+    #[arg(long)]
+    pub hardware: bool,
 }
 
 #[derive(Debug, Args)]

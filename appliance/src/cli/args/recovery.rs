@@ -3,9 +3,12 @@
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 
-use super::parse_size;
+use super::{MachineArgs, parse_size};
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+What is not given of the machine is taken from the recovery point, and where that says nothing either: 2 GiB, 2 CPUs of\n\
+the host's model, q35, the firmware that the first disk boots with, virtio.")]
 pub struct Recover {
     /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
     #[arg(value_parser = NonEmptyStringValueParser::new())]
@@ -16,27 +19,21 @@ pub struct Recover {
     /// `qemu` starts a VM; `none` only serves the disks
     #[arg(long, default_value = "qemu")]
     pub on: String,
-    /// The guest's memory
-    #[arg(long, default_value = "2G", value_name = "SIZE", value_parser = parse_size)]
-    pub memory: u64,
-    /// The guest's CPUs
-    #[arg(long, default_value_t = 2)]
-    pub cpus: u32,
+    #[command(flatten)]
+    pub made_of: MachineArgs,
+    /// The network card's address, or `keep` for the one that the machine had [default: a new one]
+    #[arg(long, value_name = "ADDRESS", help_heading = "The machine")]
+    pub mac: Option<String>,
+    /// Where the screen is shown: none, vnc (on a Unix socket that only you may open), or vnc:PORT (on 127.0.0.1, for
+    /// every user of this host; from 5900 on)
+    #[arg(long, default_value = "none", value_name = "WHERE")]
+    pub display: String,
     /// none, user, isolated or bridge:NAME
     #[arg(long, default_value = "none")]
     pub network: String,
     /// auto, kvm or tcg
     #[arg(long, default_value = "auto", env = "LIFEBOAT_ACCEL")]
     pub accel: String,
-    /// auto looks at the first disk; else bios or uefi
-    #[arg(long, default_value = "auto")]
-    pub firmware: String,
-    /// QEMU's machine type
-    #[arg(long, default_value = "q35")]
-    pub machine_type: String,
-    /// How disks are attached: virtio-blk, virtio-scsi, sata or ide
-    #[arg(long, default_value = "virtio-blk")]
-    pub bus: String,
     /// If the host has not enough memory, wait for it, first in first out; an interrupt gives the place up
     #[arg(long)]
     pub queue: bool,
