@@ -8,6 +8,8 @@ use blockstore::disk::LocalFolder;
 use blockstore::{LocalStorage, Repository, Secret};
 use tokio::net::UnixListener;
 
+use crate::access::Caller;
+use crate::access::tokens::Tokens;
 use crate::api::listener::Listening;
 use crate::catalog::{Catalog, Listing, PointSummary, spec};
 use crate::jobs::Jobs;
@@ -117,6 +119,8 @@ pub struct App {
     pub state: StateDir,
     /// Long work.
     pub jobs: Arc<Jobs>,
+    /// Who may ask over the network.
+    pub tokens: Arc<Tokens>,
     /// Running recoveries.
     pub recoveries: Arc<Recoveries>,
     /// Exports without a recovery.
@@ -145,6 +149,7 @@ impl App {
             location,
             repository,
             jobs: Arc::default(),
+            tokens: Arc::new(Tokens::open(state.tokens())),
             recoveries: Arc::new(Recoveries::new(context)),
             exports: Arc::default(),
             mounts: Arc::default(),
@@ -168,7 +173,7 @@ impl App {
         };
         let listener =
             bind().map_err(|error| Problem::failed(format!("cannot listen on {}", socket.display()), &error))?;
-        Ok(Listening::start(listener, &socket, crate::api::router(self.clone())))
+        Ok(Listening::start(listener, &socket, crate::api::owners(self)))
     }
 
     /// All recovery points that can be read, oldest first.
@@ -181,9 +186,24 @@ impl App {
         self.catalog.listing(&self.repository)
     }
 
+    /// All recovery points that `caller` may see. Whose the damaged ones are, nobody knows.
+    pub fn listing_for(&self, caller: &Caller) -> Result<Listing, Problem> {
+        let mut listing = self.listing()?;
+        if !caller.is_unlimited() {
+            listing.points.retain(|point| caller.sees(&point.machine));
+            listing.damaged.clear();
+        }
+        Ok(listing)
+    }
+
     /// The recovery point that `spec` names.
     pub fn resolve(&self, spec: &str) -> Result<PointSummary, Problem> {
-        let listing = self.listing()?;
+        self.resolve_for(&Caller::Owner, spec)
+    }
+
+    /// The recovery point that `spec` names among those that `caller` may see.
+    pub fn resolve_for(&self, caller: &Caller, spec: &str) -> Result<PointSummary, Problem> {
+        let listing = self.listing_for(caller)?;
         spec::resolve(&listing.points, spec).cloned().map_err(|problem| match listing.damaged_by(spec) {
             Some(point) if problem.kind == Kind::NotFound => {
                 Problem::new(Kind::Damage, format!("recovery point {} is damaged", spec::short_id(&point.id)))

@@ -6,6 +6,7 @@ use blockstore::{PointError, Protected, RecoveryPointId};
 use chrono::{DateTime, Local, NaiveDate, TimeZone, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::access::Caller;
 use crate::app::App;
 use crate::catalog::PointSummary;
 use crate::catalog::spec::short_id;
@@ -81,12 +82,12 @@ struct Named {
 }
 
 impl Named {
-    fn find(app: &App, spec: &str) -> Result<Named, Problem> {
-        let problem = match app.resolve(spec) {
+    fn find(app: &App, caller: &Caller, spec: &str) -> Result<Named, Problem> {
+        let problem = match app.resolve_for(caller, spec) {
             Ok(summary) => return Ok(Named { id: summary.id.clone(), summary: Some(summary) }),
             Err(problem) => problem,
         };
-        match app.listing()?.damaged_by(spec) {
+        match app.listing_for(caller)?.damaged_by(spec) {
             Some(damaged) => Ok(Named { id: damaged.id.clone(), summary: None }),
             None => Err(problem),
         }
@@ -105,8 +106,8 @@ impl Named {
 }
 
 /// Protects a point.
-pub fn protect(app: &App, spec: &str, request: &ProtectRequest) -> Result<ProtectResult, Problem> {
-    let named = Named::find(app, spec)?;
+pub fn protect(app: &App, caller: &Caller, spec: &str, request: &ProtectRequest) -> Result<ProtectResult, Problem> {
+    let named = Named::find(app, caller, spec)?;
     let until = request.until.map(|until| u64::try_from(until.timestamp()).unwrap_or(0));
     app.repository
         .protect(id_of(&named.id)?, until, now())
@@ -115,8 +116,8 @@ pub fn protect(app: &App, spec: &str, request: &ProtectRequest) -> Result<Protec
 }
 
 /// Sets a point free.
-pub fn unprotect(app: &App, spec: &str) -> Result<ProtectResult, Problem> {
-    let named = Named::find(app, spec)?;
+pub fn unprotect(app: &App, caller: &Caller, spec: &str) -> Result<ProtectResult, Problem> {
+    let named = Named::find(app, caller, spec)?;
     app.repository
         .unprotect(id_of(&named.id)?)
         .map_err(|error| from_point(&format!("cannot unprotect {}", named.title()), &error))?;
@@ -124,8 +125,8 @@ pub fn unprotect(app: &App, spec: &str) -> Result<ProtectResult, Problem> {
 }
 
 /// Forgets a point. Its machine's newest only if that is said.
-pub fn forget(app: &App, spec: &str, newest_too: bool) -> Result<ForgetResult, Problem> {
-    let named = Named::find(app, spec)?;
+pub fn forget(app: &App, caller: &Caller, spec: &str, newest_too: bool) -> Result<ForgetResult, Problem> {
+    let named = Named::find(app, caller, spec)?;
     let title = format!("cannot forget {}", named.title());
     let mut heir = None;
     if let Some(summary) = &named.summary {

@@ -1,6 +1,7 @@
 //! Lifeboat boots a virtual machine straight from its backup. This crate is the program: its operations ([`api`]),
 //! the command line that asks for them ([`cli`]), and what joins the libraries that carry them ([`exports`]).
 
+pub mod access;
 pub mod admission;
 pub mod api;
 pub mod app;
@@ -18,6 +19,7 @@ mod frozen;
 pub mod hardware;
 pub mod inspect;
 pub mod jobs;
+pub mod journal;
 mod keyless;
 mod keys;
 pub mod log;

@@ -124,6 +124,11 @@ impl Problem {
         Problem::new(Kind::Refused, title)
     }
 
+    /// The same, with an HTTP status of its own.
+    pub fn with_status(self, status: StatusCode) -> Problem {
+        Problem { status: status.as_u16(), ..self }
+    }
+
     /// Failed because of `error`.
     pub fn failed(title: impl Into<String>, error: &(dyn std::error::Error + 'static)) -> Problem {
         Problem::because(Kind::Failed, title, error)
@@ -162,9 +167,13 @@ impl std::error::Error for Problem {}
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let status = self.kind.http_status();
+        let status = StatusCode::from_u16(self.status).unwrap_or(self.kind.http_status());
         let mut response = (status, Json(self)).into_response();
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         response
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::api::network::{Bound, NetworkOptions};
 use crate::app::{App, Options};
 use crate::problem::{Handling, Problem};
 use crate::signals;
@@ -15,8 +16,19 @@ const TURN_MAX: Duration = Duration::from_secs(5);
 /// How long requests may take to be answered when the service ends.
 const GOODBYE: Duration = Duration::from_secs(2);
 
-/// Serves until told to stop, or, in the background, until there is nothing left to serve.
-pub async fn serve(options: &Options, background: bool) -> Result<(), Problem> {
+/// What a service is told.
+#[derive(Debug, Clone, Default)]
+pub struct ServiceOptions {
+    /// Another command started it: it ends when there is nothing left to serve.
+    pub background: bool,
+    /// Where it listens besides its socket.
+    pub network: Option<NetworkOptions>,
+}
+
+/// Serves until told to stop, or, in the background, until there is nothing left to serve. `tell` is told where clients
+/// find it on the network.
+pub async fn serve(options: &Options, service: &ServiceOptions, tell: impl FnOnce(&str)) -> Result<(), Problem> {
+    let background = service.background;
     let since = Instant::now();
     let app = loop {
         let opening = options.clone();
@@ -31,6 +43,10 @@ pub async fn serve(options: &Options, background: bool) -> Result<(), Problem> {
             opened => break opened?,
         }
     };
+    let bound = match &service.network {
+        Some(network) => Some(Bound::new(network, &app.state.tls()).await?),
+        None => None,
+    };
     // Exports first: guests wait for their disks, everybody else can wait a moment.
     app.recoveries.take_up().await;
     let mut listening = app.listen()?;
@@ -38,6 +54,11 @@ pub async fn serve(options: &Options, background: bool) -> Result<(), Problem> {
         repository = %app.location.display(), socket = %app.state.socket().display(), pid = std::process::id(),
         "serving"
     );
+    let network = bound.map(|bound| {
+        tracing::info!(url = bound.url(), "serving on the network");
+        tell(&bound.url());
+        bound.serve(crate::api::strangers(&app))
+    });
     tokio::select! {
         () = signals::stop_signal() => tracing::info!("told to stop"),
         () = idle(&app), if background => tracing::info!("nothing left to serve"),
@@ -47,7 +68,15 @@ pub async fn serve(options: &Options, background: bool) -> Result<(), Problem> {
     }
     // An export's listener does not go by itself.
     app.exports.close().await;
-    if tokio::time::timeout(GOODBYE, listening.finish()).await.is_err() {
+    let finished = async {
+        let network = async {
+            if let Some(network) = network {
+                network.finish().await;
+            }
+        };
+        tokio::join!(listening.finish(), network);
+    };
+    if tokio::time::timeout(GOODBYE, finished).await.is_err() {
         tracing::warn!("some requests were not answered");
     }
     if app.recoveries.any_live() {

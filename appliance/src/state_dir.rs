@@ -6,6 +6,8 @@
 //! STATE/catalog/ID/      derived catalog of the repository with that id (sled)
 //! STATE/recoveries/NAME/ one running recovery: journal, overlays, sockets, console
 //! STATE/scratch/         throw-away overlays of exports; emptied by every new owner
+//! STATE/tokens           who may use the API over the network
+//! STATE/tls/             certificates that the service made for itself
 //! STATE/service.log      what a service started in the background says
 //! ```
 
@@ -56,6 +58,16 @@ impl StateDir {
     /// Throw-away overlays.
     pub fn scratch(&self) -> PathBuf {
         self.root.join("scratch")
+    }
+
+    /// The service's own certificates.
+    pub fn tls(&self) -> PathBuf {
+        self.root.join("tls")
+    }
+
+    /// The tokens of the API.
+    pub fn tokens(&self) -> PathBuf {
+        self.root.join("tokens")
     }
 
     /// What a background service says.

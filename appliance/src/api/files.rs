@@ -4,17 +4,17 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use axum::Router;
 use axum::body::Body as HttpBody;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use axum::routing::post;
 use bytes::Bytes;
 use futures_util::stream;
 use tokio::sync::mpsc;
 
+use super::table::{OPERATOR, Reach, Row};
 use super::{Answer, Body, Shared, blocking};
+use crate::access::Caller;
 use crate::app::App;
 use crate::files::answer::{DiskFiles, Line};
 use crate::files::place::{Within, split};
@@ -26,27 +26,38 @@ const WAITING_MAX: usize = 8;
 /// Lines are sent in pieces of about this size.
 const LINES: usize = 64 << 10;
 
-pub(super) fn routes() -> Router<Arc<App>> {
-    Router::new()
-        .route("/api/v1/files/volumes", post(volumes))
-        .route("/api/v1/files/list", post(list))
-        .route("/api/v1/files/find", post(find))
-        .route("/api/v1/files/versions", post(versions))
-        .route("/api/v1/files/tar", post(tar))
-        .route("/api/v1/mounts", post(mount))
+pub(super) fn rows() -> Vec<Row<Arc<App>>> {
+    vec![
+        Row::post("/api/v1/files/volumes", OPERATOR, Reach::Judged, volumes),
+        Row::post("/api/v1/files/list", OPERATOR, Reach::Judged, list),
+        Row::post("/api/v1/files/find", OPERATOR, Reach::Judged, find),
+        Row::post("/api/v1/files/versions", OPERATOR, Reach::Judged, versions),
+        Row::post("/api/v1/files/tar", OPERATOR, Reach::Judged, tar),
+        Row::post("/api/v1/mounts", OPERATOR, Reach::Whole, mount),
+    ]
 }
 
 /// The disks that a place is on. Places on the same disks share them.
-fn disks(app: &App, place: &Place, known: &mut HashMap<String, Arc<Disks>>) -> Result<(Arc<Disks>, Within), Problem> {
+fn disks(
+    app: &App,
+    caller: &Caller,
+    place: &Place,
+    known: &mut HashMap<String, Arc<Disks>>,
+) -> Result<(Arc<Disks>, Within), Problem> {
     let (key, within) = match &place.recovery {
         Some(name) => (format!("recovery {name}"), Within::parse(&place.spec)),
-        None => split(&place.spec, |spec| app.resolve(spec).map(|point| point.id))?,
+        None => split(&place.spec, |spec| app.resolve_for(caller, spec).map(|point| point.id))?,
     };
     if let Some(disks) = known.get(&key) {
         return Ok((disks.clone(), within));
     }
     let disks = match &place.recovery {
-        Some(name) => files::live(name, app.recoveries.disks(name)?)?,
+        Some(name) => {
+            if !caller.sees(&app.recoveries.view(name)?.machine) {
+                return Err(Problem::not_found(format!("there is no recovery {name}")));
+            }
+            files::live(name, app.recoveries.disks(name)?)?
+        }
         None => files::of_point(&app.repository, &key)?,
     };
     let disks = Arc::new(disks);
@@ -54,34 +65,38 @@ fn disks(app: &App, place: &Place, known: &mut HashMap<String, Arc<Disks>>) -> R
     Ok((disks, within))
 }
 
-async fn volumes(State(app): Shared, Body(place): Body<Place>) -> Answer<Vec<DiskFiles>> {
+async fn volumes(State(app): Shared, caller: Caller, Body(place): Body<Place>) -> Answer<Vec<DiskFiles>> {
     let found = blocking(move || {
-        let (disks, within) = disks(&app, &place, &mut HashMap::new())?;
+        let (disks, within) = disks(&app, &caller, &place, &mut HashMap::new())?;
         files::volumes(&disks, &within)
     });
     found.await.map(axum::Json)
 }
 
-async fn list(State(app): Shared, Body(request): Body<ListRequest>) -> Result<Response, Problem> {
+async fn list(State(app): Shared, caller: Caller, Body(request): Body<ListRequest>) -> Result<Response, Problem> {
     lines(move |tell| {
-        let (disks, mut within) = disks(&app, &request.place, &mut HashMap::new())?;
+        let (disks, mut within) = disks(&app, &caller, &request.place, &mut HashMap::new())?;
         within.path = request.path.clone().or(within.path);
         files::list(&disks, &within, tell)
     })
     .await
 }
 
-async fn find(State(app): Shared, Body(request): Body<FindRequest>) -> Result<Response, Problem> {
+async fn find(State(app): Shared, caller: Caller, Body(request): Body<FindRequest>) -> Result<Response, Problem> {
     lines(move |tell| {
-        let (disks, within) = disks(&app, &request.place, &mut HashMap::new())?;
+        let (disks, within) = disks(&app, &caller, &request.place, &mut HashMap::new())?;
         files::find(&disks, &within, &request.glob, tell)
     })
     .await
 }
 
-async fn versions(State(app): Shared, Body(request): Body<VersionsRequest>) -> Result<Response, Problem> {
+async fn versions(
+    State(app): Shared,
+    caller: Caller,
+    Body(request): Body<VersionsRequest>,
+) -> Result<Response, Problem> {
     lines(move |tell| {
-        let mut points = app.points()?;
+        let mut points = app.listing_for(&caller)?.points;
         points.retain(|point| point.machine == request.machine);
         if points.is_empty() {
             return Err(Problem::not_found(format!("machine {} has no recovery point", request.machine))
@@ -120,11 +135,11 @@ async fn lines(
     respond("application/x-ndjson", receiver).await
 }
 
-async fn tar(State(app): Shared, Body(request): Body<CopyRequest>) -> Result<Response, Problem> {
+async fn tar(State(app): Shared, caller: Caller, Body(request): Body<CopyRequest>) -> Result<Response, Problem> {
     let copy = blocking(move || {
         let mut known = HashMap::new();
         let places: Result<Vec<_>, Problem> =
-            request.places.iter().map(|place| disks(&app, place, &mut known)).collect();
+            request.places.iter().map(|place| disks(&app, &caller, place, &mut known)).collect();
         Copy::find(&places?)
     })
     .await?;
@@ -137,10 +152,10 @@ async fn tar(State(app): Shared, Body(request): Body<CopyRequest>) -> Result<Res
 }
 
 /// Mounts for as long as the answer is listened to; it ends when somebody else unmounts the folder.
-async fn mount(State(app): Shared, Body(request): Body<MountRequest>) -> Result<Response, Problem> {
+async fn mount(State(app): Shared, caller: Caller, Body(request): Body<MountRequest>) -> Result<Response, Problem> {
     app.refuse_own_folder(&request.dir)?;
     let hold = blocking(move || {
-        let (disks, _) = disks(&app, &request.place, &mut HashMap::new())?;
+        let (disks, _) = disks(&app, &caller, &request.place, &mut HashMap::new())?;
         // Nobody else has them: they were opened for this.
         let disks = Arc::try_unwrap(disks)
             .map_err(|_| Problem::new(Kind::Failed, "the disks are in use by another request"))?;

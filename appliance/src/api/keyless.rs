@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use axum::Router;
 use axum::extract::State;
 use axum::response::Response;
 use axum::routing::post;
+use axum::{Extension, Router};
 use blockstore::Keyless;
 
-use super::{Body, accepted, job_routes, to_value};
+use super::{Body, accepted, job_rows, table, to_value};
+use crate::access::Caller;
 use crate::jobs::Jobs;
 use crate::problem::Problem;
 use crate::verify::VerifyRequest;
@@ -33,7 +34,7 @@ pub fn router(app: Arc<KeylessApp>) -> Router {
     Router::new()
         .route("/api/v1/verify", post(verify))
         .with_state(app)
-        .merge(job_routes(jobs))
+        .merge(table::ungated(job_rows()).with_state(jobs).layer(Extension(Caller::Owner)))
         .fallback(|| async { needs_key("this cannot be done without the key") })
 }
 

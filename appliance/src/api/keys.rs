@@ -2,19 +2,22 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
-use axum::routing::{delete, get, post};
-use axum::{Json, Router};
+use axum::Json;
+use axum::extract::State;
 
+use super::extract::Path;
+use super::table::{ADMIN, Reach, Row};
 use super::{Answer, Body, Shared, blocking};
 use crate::app::App;
 use crate::keys::{self, KeyChange, KeyView, NewKeyRequest};
 
-pub(super) fn routes() -> Router<Arc<App>> {
-    Router::new()
-        .route("/api/v1/keys", get(list).post(add))
-        .route("/api/v1/keys/rotate", post(rotate))
-        .route("/api/v1/keys/{slot}", delete(remove))
+pub(super) fn rows() -> Vec<Row<Arc<App>>> {
+    vec![
+        Row::get("/api/v1/keys", ADMIN, Reach::Whole, list),
+        Row::post("/api/v1/keys", ADMIN, Reach::Whole, add),
+        Row::post("/api/v1/keys/rotate", ADMIN, Reach::Whole, rotate),
+        Row::delete("/api/v1/keys/{slot}", ADMIN, Reach::Whole, remove),
+    ]
 }
 
 async fn list(State(app): Shared) -> Answer<Vec<KeyView>> {

@@ -1,29 +1,40 @@
-//! The API: every operation of the product, over the state folder's socket or called in-process by the command
-//! line. Handlers take requests apart and put answers together; the work is done elsewhere.
+//! The API: every operation of the product, over the state folder's socket, over the network, or called in-process by
+//! the command line. Handlers take requests apart and put answers together; the work is done elsewhere.
+//!
+//! A new operation is a handler and one row in `rows`, or in `rows` of a module for a family of them; [`table`] says
+//! what a row declares.
 
 mod events;
+mod extract;
 mod files;
 pub mod keyless;
 mod keys;
 pub mod listener;
+pub mod login;
+pub mod network;
 mod retention;
+pub mod table;
+mod tokens;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, FromRequest, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use serde::{Deserialize, Serialize};
 
+use self::extract::{Body, Path, Query};
+use self::login::Logins;
+use self::table::{ADMIN, Need, OPERATOR, Reach, Row, VIEWER};
+use crate::access::Caller;
 use crate::admission::{Capacity, Terms};
 use crate::app::App;
 use crate::capture::{self, BackupRequest};
 use crate::catalog::{ListedPoint, Listing};
-use crate::jobs::{Job, JobView, Jobs};
+use crate::jobs::{Job, JobView, Jobs, Subject};
 use crate::problem::Problem;
 use crate::publish::ExportRequest;
 use crate::recovery::{CommitRequest, Order, RecoverRequest, RecoveryView};
@@ -46,64 +57,73 @@ pub struct Health {
     pub repository: PathBuf,
 }
 
-/// A request body. What cannot be read is a usage problem.
-struct Body<T>(T);
-
-impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
-    type Rejection = Problem;
-
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let body: Result<Json<T>, JsonRejection> = Json::from_request(request, state).await;
-        body.map(|Json(value)| Body(value))
-            .map_err(|error| Problem::usage(format!("bad request: {}", error.body_text())))
-    }
+/// All operations. Add a row for a new one: who may, what it reaches, who answers.
+fn rows(app: &App) -> Vec<Row<Arc<App>>> {
+    let own = vec![
+        Row::get("/healthz", Need::Nobody, Reach::Whole, health),
+        Row::get("/metrics", VIEWER, Reach::Whole, metrics),
+        Row::get("/api/v1/points", VIEWER, Reach::Judged, list_points),
+        Row::post("/api/v1/points", OPERATOR, Reach::Whole, back_up),
+        Row::get("/api/v1/points/{point}", VIEWER, Reach::Judged, show_point),
+        Row::get("/api/v1/points/{point}/hardware", VIEWER, Reach::Judged, show_hardware),
+        Row::post("/api/v1/points/{point}/restore", OPERATOR, Reach::Whole, restore_point),
+        Row::post("/api/v1/verify", OPERATOR, Reach::Whole, verify_repository),
+        Row::post("/api/v1/collect", ADMIN, Reach::Whole, collect_repository),
+        Row::post("/api/v1/exports", OPERATOR, Reach::Whole, export),
+        Row::get("/api/v1/host", VIEWER, Reach::Whole, host),
+        Row::get("/api/v1/recoveries", VIEWER, Reach::Judged, list_recoveries),
+        Row::post("/api/v1/recoveries", OPERATOR, Reach::Judged, recover),
+        Row::get("/api/v1/recoveries/{name}", VIEWER, Reach::Recovery, show_recovery),
+        Row::delete("/api/v1/recoveries/{name}", OPERATOR, Reach::Recovery, discard),
+        Row::post("/api/v1/recoveries/{name}/start", OPERATOR, Reach::Recovery, start),
+        Row::post("/api/v1/recoveries/{name}/rehydration", OPERATOR, Reach::Whole, rehydrate),
+        Row::patch("/api/v1/recoveries/{name}/rehydration", OPERATOR, Reach::Recovery, steer),
+        Row::post("/api/v1/recoveries/{name}/cutover", OPERATOR, Reach::Recovery, cut_over),
+        Row::post("/api/v1/recoveries/{name}/commit", OPERATOR, Reach::Recovery, commit),
+    ];
+    let jobs = job_rows().into_iter().map(|row| row.with_state(app.jobs.clone()));
+    let families = [keys::rows(), files::rows(), retention::rows(), tokens::rows()];
+    own.into_iter().chain(jobs).chain(families.into_iter().flatten()).collect()
 }
 
-/// All routes.
-pub fn router(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/healthz", get(health))
-        .route("/metrics", get(metrics))
-        .route("/api/v1/points", get(list_points).post(back_up))
-        .route("/api/v1/points/{point}", get(show_point))
-        .route("/api/v1/points/{point}/hardware", get(show_hardware))
-        .route("/api/v1/points/{point}/restore", post(restore_point))
-        .route("/api/v1/verify", post(verify_repository))
-        .route("/api/v1/collect", post(collect_repository))
-        .route("/api/v1/exports", post(export))
-        .route("/api/v1/host", get(host))
-        .route("/api/v1/recoveries", get(list_recoveries).post(recover))
-        .route("/api/v1/recoveries/{name}", get(show_recovery).delete(discard))
-        .route("/api/v1/recoveries/{name}/start", post(start))
-        .route("/api/v1/recoveries/{name}/rehydration", post(rehydrate).patch(steer))
-        .route("/api/v1/recoveries/{name}/cutover", post(cut_over))
-        .route("/api/v1/recoveries/{name}/commit", post(commit))
-        .merge(keys::routes())
-        .merge(files::routes())
-        .merge(retention::routes())
-        .with_state(app.clone())
-        .merge(job_routes(app.jobs.clone()))
-        .layer(DefaultBodyLimit::max(BODY_MAX))
-        .fallback(|| async { Problem::not_found("there is no such resource") })
+fn job_rows() -> Vec<Row<Arc<Jobs>>> {
+    vec![
+        Row::get("/api/v1/jobs", VIEWER, Reach::Judged, list_jobs),
+        Row::get("/api/v1/jobs/{id}", VIEWER, Reach::Judged, show_job),
+        Row::delete("/api/v1/jobs/{id}", OPERATOR, Reach::Judged, cancel_job),
+        Row::get("/api/v1/jobs/{id}/events", VIEWER, Reach::Judged, follow_job),
+    ]
 }
 
-fn job_routes(jobs: Arc<Jobs>) -> Router {
-    Router::new()
-        .route("/api/v1/jobs", get(list_jobs))
-        .route("/api/v1/jobs/{id}", get(show_job).delete(cancel_job))
-        .route("/api/v1/jobs/{id}/events", get(follow_job))
-        .with_state(jobs)
+fn router(app: &Arc<App>) -> Router {
+    table::gated(rows(app), app).layer(DefaultBodyLimit::max(BODY_MAX))
+}
+
+/// The API for the owner of the state folder: on its socket, and in-process.
+pub fn owners(app: &Arc<App>) -> Router {
+    router(app).layer(Extension(Caller::Owner))
+}
+
+/// The API for the network, where a token says who asks.
+pub fn strangers(app: &Arc<App>) -> Router {
+    let logins = Logins::new(app.tokens.clone());
+    router(app).layer(from_fn_with_state(logins, login::identify))
 }
 
 type Shared = State<Arc<App>>;
 type Answer<T> = Result<Json<T>, Problem>;
 
-async fn health(State(app): Shared) -> Json<Health> {
-    Json(Health {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        pid: std::process::id(),
-        repository: app.location.clone(),
-    })
+/// Whoever has not said who he is learns only that somebody answers.
+async fn health(State(app): Shared, caller: Option<Extension<Caller>>) -> Response {
+    match caller {
+        None => Json(serde_json::json!({ "status": "ok" })).into_response(),
+        Some(_) => Json(Health {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            repository: app.location.clone(),
+        })
+        .into_response(),
+    }
 }
 
 /// In the text form of OpenMetrics, for Prometheus.
@@ -127,8 +147,8 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> +
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed("the operation ended badly", &error))?
 }
 
-async fn list_points(State(app): Shared, Query(query): Query<PointsQuery>) -> Answer<Vec<ListedPoint>> {
-    let Listing { mut points, damaged } = blocking(move || app.listing()).await?;
+async fn list_points(State(app): Shared, caller: Caller, Query(query): Query<PointsQuery>) -> Answer<Vec<ListedPoint>> {
+    let Listing { mut points, damaged } = blocking(move || app.listing_for(&caller)).await?;
     let Some(machine) = query.machine else {
         let points = points.into_iter().map(ListedPoint::Whole);
         return Ok(Json(points.chain(damaged.into_iter().map(ListedPoint::Damaged)).collect()));
@@ -142,8 +162,8 @@ async fn list_points(State(app): Shared, Query(query): Query<PointsQuery>) -> An
     Ok(Json(points.into_iter().map(ListedPoint::Whole).collect()))
 }
 
-async fn show_point(State(app): Shared, Path(point): Path<String>) -> Answer<inspect::PointDetail> {
-    blocking(move || inspect::point(&app.repository, &app.resolve(&point)?)).await.map(Json)
+async fn show_point(State(app): Shared, caller: Caller, Path(point): Path<String>) -> Answer<inspect::PointDetail> {
+    blocking(move || inspect::point(&app.repository, &app.resolve_for(&caller, &point)?)).await.map(Json)
 }
 
 fn accepted(job: &Job) -> Response {
@@ -152,7 +172,7 @@ fn accepted(job: &Job) -> Response {
 
 async fn back_up(State(app): Shared, Body(request): Body<BackupRequest>) -> Result<Response, Problem> {
     request.check()?;
-    let (jobs, subject) = (app.jobs.clone(), format!("machine {}", request.machine));
+    let (jobs, subject) = (app.jobs.clone(), Subject::machine(&request.machine));
     let job = jobs.start("backup", subject, move |progress| {
         let newest = app.points()?.into_iter().rfind(|point| point.machine == request.machine);
         let parent = newest.and_then(|point| {
@@ -167,9 +187,9 @@ async fn back_up(State(app): Shared, Body(request): Body<BackupRequest>) -> Resu
 }
 
 /// The machine's definition in full, UEFI variables included.
-async fn show_hardware(State(app): Shared, Path(point): Path<String>) -> Answer<serde_json::Value> {
+async fn show_hardware(State(app): Shared, caller: Caller, Path(point): Path<String>) -> Answer<serde_json::Value> {
     blocking(move || {
-        let point = app.resolve(&point)?;
+        let point = app.resolve_for(&caller, &point)?;
         Ok(Json(crate::disks::load_point(&app.repository, &point.id)?.hardware))
     })
     .await
@@ -187,7 +207,7 @@ async fn restore_point(
         app.refuse_own_folder(target)?;
     }
     let jobs = app.jobs.clone();
-    let job = jobs.start("restore", format!("machine {}", point.machine), move |progress| {
+    let job = jobs.start("restore", Subject::machine(&point.machine), move |progress| {
         let result = restore::restore(&app.repository, &point, &plan, progress)?;
         to_value(&result)
     });
@@ -202,7 +222,9 @@ async fn verify_repository(
     let resolving = app.clone();
     let spec = request.point.clone();
     let point = blocking(move || spec.map(|spec| resolving.resolve(&spec)).transpose()).await?;
-    let subject = point.as_ref().map_or("the repository".to_owned(), |point| format!("point {}", point.id));
+    let subject = point.as_ref().map_or(Subject::from("the repository".to_owned()), |point| {
+        Subject::from(format!("point {}", point.id)).of(&point.machine)
+    });
     let jobs = app.jobs.clone();
     let job = jobs.start("verify", subject, move |progress| {
         let result = verify::verify(&app.repository, point.as_ref(), &request, progress)?;
@@ -233,8 +255,10 @@ async fn export(State(app): Shared, Body(request): Body<ExportRequest>) -> Resul
     Ok(events::hold(hold))
 }
 
-async fn list_recoveries(State(app): Shared) -> Json<Vec<RecoveryView>> {
-    Json(app.recoveries.list())
+async fn list_recoveries(State(app): Shared, caller: Caller) -> Json<Vec<RecoveryView>> {
+    let mut views = app.recoveries.list();
+    views.retain(|view| caller.sees(&view.machine));
+    Json(views)
 }
 
 async fn show_recovery(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
@@ -254,12 +278,13 @@ async fn host(State(app): Shared) -> Answer<Capacity> {
 /// Starting and ending a recovery go on to their end even when the asker goes away.
 async fn recover(
     State(app): Shared,
+    caller: Caller,
     Query(query): Query<AdmissionQuery>,
     Body(request): Body<RecoverRequest>,
 ) -> Result<Response, Problem> {
     let (resolving, spec) = (app.clone(), request.point.clone());
     let (point, prepared) = blocking(move || {
-        let point = resolving.resolve(&spec)?;
+        let point = resolving.resolve_for(&caller, &spec)?;
         let prepared = resolving.recoveries.complete(&point, request)?;
         Ok((point, prepared))
     })
@@ -313,10 +338,10 @@ async fn commit(
     Body(request): Body<CommitRequest>,
 ) -> Result<Response, Problem> {
     request.check()?;
+    let machine = app.recoveries.view(&name)?.machine;
     let commit = app.recoveries.commit(&name).await?;
-    let job = app
-        .jobs
-        .start("commit", format!("recovery {name}"), move |progress| to_value(&commit.run(&request, progress)?));
+    let subject = Subject::from(format!("recovery {name}")).of(&machine);
+    let job = app.jobs.start("commit", subject, move |progress| to_value(&commit.run(&request, progress)?));
     Ok(accepted(&job))
 }
 
@@ -325,22 +350,33 @@ async fn discard(State(app): Shared, Path(name): Path<String>) -> Answer<Recover
     work.await.map_err(|error| Problem::failed("the discard ended badly", &error))?.map(Json)
 }
 
-async fn list_jobs(State(jobs): State<Arc<Jobs>>) -> Json<Vec<JobView>> {
-    Json(jobs.list())
+async fn list_jobs(State(jobs): State<Arc<Jobs>>, caller: Caller) -> Json<Vec<JobView>> {
+    let mut views = jobs.list();
+    views.retain(|view| caller.sees_any(view.machine.as_deref()));
+    Json(views)
 }
 
-async fn show_job(State(jobs): State<Arc<Jobs>>, Path(id): Path<u64>) -> Answer<JobView> {
-    jobs.get(id).map(|job| Json(job.view()))
-}
-
-async fn cancel_job(State(jobs): State<Arc<Jobs>>, Path(id): Path<u64>) -> Answer<JobView> {
+/// The job with number `id`, if the caller may know of it.
+fn job_for(jobs: &Jobs, caller: &Caller, id: u64) -> Result<Arc<Job>, Problem> {
     let job = jobs.get(id)?;
+    match caller.sees_any(job.machine()) {
+        true => Ok(job),
+        false => Err(Jobs::missing(id)),
+    }
+}
+
+async fn show_job(State(jobs): State<Arc<Jobs>>, caller: Caller, Path(id): Path<u64>) -> Answer<JobView> {
+    job_for(&jobs, &caller, id).map(|job| Json(job.view()))
+}
+
+async fn cancel_job(State(jobs): State<Arc<Jobs>>, caller: Caller, Path(id): Path<u64>) -> Answer<JobView> {
+    let job = job_for(&jobs, &caller, id)?;
     job.cancel();
     Ok(Json(job.view()))
 }
 
-async fn follow_job(State(jobs): State<Arc<Jobs>>, Path(id): Path<u64>) -> Result<Response, Problem> {
-    Ok(events::follow(jobs.get(id)?))
+async fn follow_job(State(jobs): State<Arc<Jobs>>, caller: Caller, Path(id): Path<u64>) -> Result<Response, Problem> {
+    Ok(events::follow(job_for(&jobs, &caller, id)?))
 }
 
 fn to_value(value: &impl Serialize) -> Result<serde_json::Value, Problem> {

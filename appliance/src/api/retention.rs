@@ -2,21 +2,25 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, Query, State};
-use axum::routing::{delete, post, put};
-use axum::{Json, Router};
+use axum::Json;
+use axum::extract::State;
 use serde::Deserialize;
 
+use super::extract::{Path, Query};
+use super::table::{ADMIN, OPERATOR, Reach, Row};
 use super::{Answer, Body, Shared, blocking};
+use crate::access::Caller;
 use crate::app::App;
 use crate::forget::{self, ForgetResult, ProtectRequest, ProtectResult};
 use crate::retention::prune::{self, PruneRequest, PruneResult};
 
-pub(super) fn routes() -> Router<Arc<App>> {
-    Router::new()
-        .route("/api/v1/prune", post(prune))
-        .route("/api/v1/points/{point}", delete(forget))
-        .route("/api/v1/points/{point}/protection", put(protect).delete(unprotect))
+pub(super) fn rows() -> Vec<Row<Arc<App>>> {
+    vec![
+        Row::post("/api/v1/prune", ADMIN, Reach::Whole, prune),
+        Row::delete("/api/v1/points/{point}", ADMIN, Reach::Judged, forget),
+        Row::put("/api/v1/points/{point}/protection", OPERATOR, Reach::Judged, protect),
+        Row::delete("/api/v1/points/{point}/protection", ADMIN, Reach::Judged, unprotect),
+    ]
 }
 
 async fn prune(State(app): Shared, Body(request): Body<PruneRequest>) -> Answer<PruneResult> {
@@ -31,20 +35,22 @@ struct ForgetQuery {
 
 async fn forget(
     State(app): Shared,
+    caller: Caller,
     Path(point): Path<String>,
     Query(query): Query<ForgetQuery>,
 ) -> Answer<ForgetResult> {
-    blocking(move || forget::forget(&app, &point, query.newest)).await.map(Json)
+    blocking(move || forget::forget(&app, &caller, &point, query.newest)).await.map(Json)
 }
 
 async fn protect(
     State(app): Shared,
+    caller: Caller,
     Path(point): Path<String>,
     Body(request): Body<ProtectRequest>,
 ) -> Answer<ProtectResult> {
-    blocking(move || forget::protect(&app, &point, &request)).await.map(Json)
+    blocking(move || forget::protect(&app, &caller, &point, &request)).await.map(Json)
 }
 
-async fn unprotect(State(app): Shared, Path(point): Path<String>) -> Answer<ProtectResult> {
-    blocking(move || forget::unprotect(&app, &point)).await.map(Json)
+async fn unprotect(State(app): Shared, caller: Caller, Path(point): Path<String>) -> Answer<ProtectResult> {
+    blocking(move || forget::unprotect(&app, &caller, &point)).await.map(Json)
 }

@@ -72,7 +72,7 @@ impl Door {
             match opened {
                 Ok(app) => {
                     let listening = app.listen()?;
-                    let client = Client::Router(crate::api::router(app.clone()));
+                    let client = Client::Router(crate::api::owners(&app));
                     return Ok(Door { client, own: Some(Own { app, listening }) });
                 }
                 // Somebody owns the state folder who did not answer: it has only just begun, or is about to end.
@@ -199,6 +199,7 @@ fn describe(command: &Command) -> String {
         Command::Cutover(args) => format!("cutover {}", args.name),
         Command::Commit(args) => format!("commit {}", args.name),
         Command::Discard(args) => format!("discard {}", args.name),
+        Command::Token(_) => "token".to_owned(),
         Command::Serve(_) => "serve".to_owned(),
         Command::Tls(_) => "tls".to_owned(),
     }

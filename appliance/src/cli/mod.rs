@@ -20,7 +20,9 @@ mod rehydrate;
 mod render;
 mod restore;
 mod retention;
+mod serve;
 mod tls;
+mod token;
 mod verify;
 mod watch;
 
@@ -36,7 +38,7 @@ use connect::Door;
 use crate::app;
 use crate::log::Talk;
 use crate::problem::{Handling, Kind, Problem};
-use crate::{service, signals};
+use crate::signals;
 
 /// How long a request is offered to one owner of the state folder after another.
 const ASKING_MAX: Duration = Duration::from_secs(15);
@@ -123,7 +125,7 @@ async fn run(cli: Cli) -> Result<(), Problem> {
     match command {
         Command::Init(init) => return initialise(&global, &init),
         Command::Tls(args) => return tls::run(&global, &args),
-        Command::Serve(serve) => return service::serve(&global.options()?, serve.background).await,
+        Command::Serve(args) => return serve::run(&global, &args).await,
         Command::Collect(ref args) if collect::is_keyless(&global, args).await? => {
             return collect::run_keyless(&global);
         }
@@ -160,6 +162,7 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Find(args) => files::find(door, global, args).await,
         Command::Mount(args) => mount::run(door, global, args).await,
         Command::Cp(args) => cp::run(door, global, args).await,
+        Command::Token(args) => token::run(door, global, args).await,
         Command::Recover(args) => recover::run(door, global, args).await,
         Command::Status => host::show(door, global).await,
         Command::Recoveries(args) if args.watch => watch::all(door, global).await,

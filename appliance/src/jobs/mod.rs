@@ -35,6 +35,37 @@ pub enum Outcome {
     },
 }
 
+/// What a job works on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subject {
+    text: String,
+    machine: Option<String>,
+}
+
+impl Subject {
+    /// A machine.
+    pub fn machine(name: &str) -> Subject {
+        Subject::from(format!("machine {name}")).of(name)
+    }
+
+    /// The same, which belongs to a machine: who is limited to others does not see the job.
+    pub fn of(self, machine: &str) -> Subject {
+        Subject { machine: Some(machine.to_owned()), ..self }
+    }
+}
+
+impl From<String> for Subject {
+    fn from(text: String) -> Subject {
+        Subject { text, machine: None }
+    }
+}
+
+impl From<&str> for Subject {
+    fn from(text: &str) -> Subject {
+        Subject::from(text.to_owned())
+    }
+}
+
 /// A job as the API shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JobView {
@@ -44,6 +75,9 @@ pub struct JobView {
     pub kind: String,
     /// What it works on, for a person.
     pub subject: String,
+    /// The machine that it belongs to, if it does to one.
+    #[serde(default)]
+    pub machine: Option<String>,
     /// When it began.
     pub started: DateTime<Utc>,
     /// Seconds since then, or that it took.
@@ -73,7 +107,7 @@ pub struct ProgressView {
 pub struct Job {
     id: u64,
     kind: &'static str,
-    subject: String,
+    subject: Subject,
     started: DateTime<Utc>,
     clock: Instant,
     ended_after: Mutex<Option<f64>>,
@@ -85,6 +119,11 @@ impl Job {
     /// Its number.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// The machine that it belongs to, if it does to one.
+    pub fn machine(&self) -> Option<&str> {
+        self.subject.machine.as_deref()
     }
 
     /// Asks it to stop soon; it then fails as cancelled.
@@ -103,7 +142,8 @@ impl Job {
         JobView {
             id: self.id,
             kind: self.kind.to_owned(),
-            subject: self.subject.clone(),
+            subject: self.subject.text.clone(),
+            machine: self.subject.machine.clone(),
             started: self.started,
             seconds: ended.unwrap_or_else(|| self.clock.elapsed().as_secs_f64()),
             progress: ProgressView {
@@ -129,13 +169,13 @@ impl Jobs {
     pub fn start(
         self: &Arc<Self>,
         kind: &'static str,
-        subject: String,
+        subject: impl Into<Subject>,
         work: impl FnOnce(&Arc<Progress>) -> Result<Value, Problem> + Send + 'static,
     ) -> Arc<Job> {
         let job = Arc::new(Job {
             id: self.next.fetch_add(1, Ordering::Relaxed) + 1,
             kind,
-            subject,
+            subject: subject.into(),
             started: Utc::now(),
             clock: Instant::now(),
             ended_after: Mutex::new(None),
@@ -143,14 +183,14 @@ impl Jobs {
             outcome: watch::channel(Outcome::Running).0,
         });
         self.lock().insert(job.id, job.clone());
-        tracing::info!(job = job.id, kind, subject = job.subject, "job started");
+        tracing::info!(job = job.id, kind, subject = job.subject.text, "job started");
         let (jobs, running) = (self.clone(), job.clone());
         tokio::task::spawn_blocking(move || {
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&running.progress)));
             let result = result.unwrap_or_else(|_| {
                 Err(Problem::new(
                     crate::problem::Kind::Failed,
-                    format!("{kind} of {} ended by a panic", running.subject),
+                    format!("{kind} of {} ended by a panic", running.subject.text),
                 )
                 .hint("this is a fault of Lifeboat; the log has the place"))
             });
@@ -163,9 +203,9 @@ impl Jobs {
         let seconds = job.clock.elapsed().as_secs_f64();
         *job.ended_after.lock().unwrap_or_else(PoisonError::into_inner) = Some(seconds);
         match &result {
-            Ok(_) => tracing::info!(job = job.id, kind = job.kind, subject = job.subject, seconds, "job done"),
+            Ok(_) => tracing::info!(job = job.id, kind = job.kind, subject = job.subject.text, seconds, "job done"),
             Err(problem) => {
-                tracing::error!(job = job.id, kind = job.kind, subject = job.subject, seconds, %problem, "job failed");
+                tracing::error!(job = job.id, kind = job.kind, subject = job.subject.text, seconds, %problem, "job failed");
             }
         }
         // Whoever learns of the end finds the list tidied.
@@ -183,7 +223,12 @@ impl Jobs {
 
     /// The job with number `id`.
     pub fn get(&self, id: u64) -> Result<Arc<Job>, Problem> {
-        self.lock().get(&id).cloned().ok_or_else(|| Problem::not_found(format!("there is no job {id}")))
+        self.lock().get(&id).cloned().ok_or_else(|| Jobs::missing(id))
+    }
+
+    /// What to say when there is no job with number `id`.
+    pub fn missing(id: u64) -> Problem {
+        Problem::not_found(format!("there is no job {id}"))
     }
 
     /// All jobs, oldest first.
@@ -208,9 +253,9 @@ mod tests {
     #[tokio::test]
     async fn a_job_ends_with_its_result_its_problem_or_its_panic() {
         let jobs = Arc::new(Jobs::default());
-        let good = jobs.start("verify", "all".into(), |_| Ok(Value::from(7)));
-        let bad = jobs.start("verify", "all".into(), |_| Err(Problem::refused("no")));
-        let broken = jobs.start("verify", "all".into(), |_| panic!("oh"));
+        let good = jobs.start("verify", "all", |_| Ok(Value::from(7)));
+        let bad = jobs.start("verify", "all", |_| Err(Problem::refused("no")));
+        let broken = jobs.start("verify", "all", |_| panic!("oh"));
         for job in [&good, &bad, &broken] {
             job.watch().wait_for(|outcome| *outcome != Outcome::Running).await.unwrap();
         }
@@ -224,7 +269,7 @@ mod tests {
     async fn ended_jobs_do_not_pile_up() {
         let jobs = Arc::new(Jobs::default());
         for _ in 0..KEPT_ENDED + 20 {
-            let job = jobs.start("verify", "all".into(), |_| Ok(Value::Null));
+            let job = jobs.start("verify", "all", |_| Ok(Value::Null));
             job.watch().wait_for(|outcome| *outcome != Outcome::Running).await.unwrap();
         }
         assert_eq!(jobs.list().len(), KEPT_ENDED);

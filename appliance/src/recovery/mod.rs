@@ -4,7 +4,6 @@
 mod broken;
 mod commit;
 pub mod firmware;
-pub mod journal;
 mod machine;
 pub mod manager;
 mod moving;
@@ -20,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::admission::Ask;
 use crate::hardware::Hardware;
+use crate::journal;
 use crate::rehydrate::Mode;
 use crate::statistics::Served;
 

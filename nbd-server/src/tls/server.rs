@@ -22,7 +22,8 @@ pub struct TlsServer {
 #[derive(Debug)]
 struct Inner {
     folder: PathBuf,
-    clients: ClientCertificates,
+    /// Who may connect; nobody is asked for a certificate if absent.
+    clients: Option<ClientCertificates>,
     loaded: Mutex<Loaded>,
 }
 
@@ -53,6 +54,15 @@ fn files(folder: &Path) -> Files {
 impl TlsServer {
     /// From a folder with [`CA_CERT`], [`SERVER_CERT`], [`SERVER_KEY`] and perhaps [`CA_CRL`].
     pub fn from_folder(folder: &Path, clients: ClientCertificates) -> Result<TlsServer, TlsError> {
+        TlsServer::open(folder, Some(clients))
+    }
+
+    /// From a folder with [`SERVER_CERT`] and [`SERVER_KEY`]: clients are not asked for certificates.
+    pub fn one_sided(folder: &Path) -> Result<TlsServer, TlsError> {
+        TlsServer::open(folder, None)
+    }
+
+    fn open(folder: &Path, clients: Option<ClientCertificates>) -> Result<TlsServer, TlsError> {
         let files = files(folder); // before they are read: what changes meanwhile is read again
         let config = load(folder, clients)?;
         let loaded = Mutex::new(Loaded { config, files, unusable: None });
@@ -61,7 +71,12 @@ impl TlsServer {
 
     /// For one handshake. Looks at the files, so it may block.
     pub(crate) fn connection(&self) -> Result<ServerConnection, rustls::Error> {
-        ServerConnection::new(self.inner.config())
+        ServerConnection::new(self.config())
+    }
+
+    /// The same for a protocol that is in TLS from the beginning on.
+    pub fn config(&self) -> Arc<ServerConfig> {
+        self.inner.config()
     }
 }
 
@@ -88,21 +103,28 @@ impl Inner {
     }
 }
 
-fn load(folder: &Path, clients: ClientCertificates) -> Result<Arc<ServerConfig>, TlsError> {
-    let (roots, revoked) = authority(folder)?;
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
-        .with_crls(revoked)
-        .only_check_end_entity_revocation();
-    let verifier = match clients {
-        ClientCertificates::Required => verifier,
-        ClientCertificates::Waived => verifier.allow_unauthenticated(),
-    };
-    let verifier = verifier.build().map_err(|source| TlsError::Authority { path: folder.join(CA_CERT), source })?;
+fn load(folder: &Path, clients: Option<ClientCertificates>) -> Result<Arc<ServerConfig>, TlsError> {
+    let verifier = clients.map(|clients| {
+        let (roots, revoked) = authority(folder)?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
+            .with_crls(revoked)
+            .only_check_end_entity_revocation();
+        let verifier = match clients {
+            ClientCertificates::Required => verifier,
+            ClientCertificates::Waived => verifier.allow_unauthenticated(),
+        };
+        verifier.build().map_err(|source| TlsError::Authority { path: folder.join(CA_CERT), source })
+    });
+    let verifier = verifier.transpose()?;
     let (chain, key, path) = identity(folder, SERVER_CERT, SERVER_KEY)?;
-    let mut config = ServerConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()
-        .and_then(|builder| builder.with_client_cert_verifier(verifier).with_single_cert(chain, key))
-        .map_err(|source| TlsError::Certificate { path, source })?;
+    let failed = |source| TlsError::Certificate { path: path.clone(), source };
+    let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+    let builder = builder.map_err(failed)?;
+    let builder = match verifier {
+        Some(verifier) => builder.with_client_cert_verifier(verifier),
+        None => builder.with_no_client_auth(),
+    };
+    let mut config = builder.with_single_cert(chain, key).map_err(failed)?;
     config.send_tls13_tickets = 0; // connections live for days: nobody resumes one
     Ok(Arc::new(config))
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use lifeboat::recovery::journal::{Journal, JournalError};
+use lifeboat::journal::{Journal, JournalError};
 use lifeboat::rehydrate::written_before;
 use serde_json::Value;
 use tempfile::TempDir;

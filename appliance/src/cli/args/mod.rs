@@ -6,6 +6,7 @@ mod points;
 mod recovery;
 mod serve;
 mod size;
+mod token;
 mod upkeep;
 
 use std::path::PathBuf;
@@ -22,6 +23,7 @@ pub use points::{Backup, Forget, Init, Points, Protect, Restore, Show, ShowPoint
 pub use recovery::{Commit, Name, Recover, Recoveries, Recovery, Rehydrate, Start};
 pub use serve::{Export, Serve, Tls};
 pub use size::parse_size;
+pub use token::{CreateToken, RevokeToken, RoleArg, Token};
 pub use upkeep::{Collect, Key, NewKey, Prune, RemoveKey, Verify};
 
 /// Boots virtual machines straight from their backup.
@@ -158,6 +160,9 @@ pub enum Command {
     Commit(Commit),
     /// End a recovery; what its guest wrote is lost unless it is cut over, the recovery point stays
     Discard(Name),
+    /// Make, list and revoke the tokens that let programs and people use the API over the network
+    #[command(subcommand)]
+    Token(Token),
     /// Run as a service: take up recoveries, serve their disks and the API
     Serve(Serve),
 }

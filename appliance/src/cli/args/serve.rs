@@ -1,5 +1,6 @@
 //! Serving disks without a VM, and the service.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -48,7 +49,23 @@ pub struct Tls {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Commands on the same state folder speak with the service through its socket, which is for the owner of the folder. With\n\
+--listen it answers on the network too, to those who have a token (`lifeboat token create`). Without --tls-dir it makes\n\
+certificates in STATE/tls; clients believe them by STATE/tls/ca-cert.pem.")]
 pub struct Serve {
+    /// Answer the API on this address too, over HTTPS; port 0 takes a free one. Its URL is printed
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Show server-cert.pem of this folder, whose key is server-key.pem, to clients
+    #[arg(long, value_name = "DIR", requires = "listen")]
+    pub tls_dir: Option<PathBuf>,
+    /// Clients must also have a certificate of the authority in ca-cert.pem, and none that ca-crl.pem revokes
+    #[arg(long, requires = "listen")]
+    pub client_certificates: bool,
+    /// Answer over HTTP, without TLS; on loopback only
+    #[arg(long, requires = "listen", conflicts_with_all = ["tls_dir", "client_certificates"])]
+    pub insecure_http: bool,
     /// Started by another command: end when there is nothing left to serve
     #[arg(long, hide = true)]
     pub background: bool,

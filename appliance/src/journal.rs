@@ -1,5 +1,5 @@
-//! A recovery's journal: an append-only file of checksummed lines, the only durable record of where it stands.
-//! Specification: docs/format/recovery-journal.md
+//! Files of checksummed lines: the append-only journal that is the only durable record of where a recovery stands, and
+//! small tables that are replaced as a whole. Specification: docs/format/recovery-journal.md, docs/format/tokens.md
 //!
 //! Each line is `CRC32C-hex SPACE JSON LF`. Appending writes the whole line and syncs it before anything is done
 //! that the line speaks of. A last line without its end or with a wrong checksum was never acted on and is cut.
@@ -108,9 +108,55 @@ impl Journal {
     }
 }
 
-fn encode(record: &impl Serialize) -> io::Result<Vec<u8>> {
+/// One record as a line.
+pub fn encode(record: &impl Serialize) -> io::Result<Vec<u8>> {
     let json = serde_json::to_string(record)?;
     Ok(format!("{:08x} {json}\n", crc32c::crc32c(json.as_bytes())).into_bytes())
+}
+
+/// Replaces a table of records, or makes it.
+///
+/// Order: 1. the new file is written and synced under another name; 2. it takes the table's name; 3. the folder is
+/// synced. Before 2 the old table counts, from then on the new one; a left-over of 1 is written over next time.
+pub fn replace<T: Serialize>(path: &Path, records: impl IntoIterator<Item = T>) -> Result<(), JournalError> {
+    let replace = || {
+        let mut bytes = Vec::new();
+        for record in records {
+            bytes.extend(encode(&record)?);
+        }
+        let fresh = path.with_added_extension("new");
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&fresh, path)?;
+        match path.parent() {
+            Some(dir) => File::open(dir)?.sync_all(),
+            None => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    };
+    replace().map_err(|source| JournalError::Io { path: path.to_owned(), source })
+}
+
+/// The records of a table; none if there is no file. It is replaced as a whole, so a torn line is damage.
+pub fn read_table<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, JournalError> {
+    let bytes = match read(path) {
+        Err(JournalError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        bytes => bytes?,
+    };
+    let damaged = |line| JournalError::Damaged { path: path.to_owned(), line };
+    let (records, good) = parse(&bytes).map_err(damaged)?;
+    if good < bytes.len() { Err(damaged(records.len() + 1)) } else { Ok(records) }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, JournalError> {
+    let read = || {
+        let mut bytes = Vec::new();
+        if File::open(path)?.take(LEN_MAX + 1).read_to_end(&mut bytes)? as u64 > LEN_MAX {
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "too long for a journal"));
+        }
+        Ok(bytes)
+    };
+    read().map_err(|source| JournalError::Io { path: path.to_owned(), source })
 }
 
 /// The records and the length of the good part, or the number of a damaged line that others follow.

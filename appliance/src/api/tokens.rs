@@ -1,0 +1,39 @@
+//! `/api/v1/tokens`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use chrono::Utc;
+
+use super::extract::Path;
+use super::table::{ADMIN, Reach, Row};
+use super::{Answer, Body, Shared, blocking};
+use crate::access::tokens::{NewTokenRequest, TokenView};
+use crate::app::App;
+use crate::problem::Problem;
+
+const PATH: &str = "/api/v1/tokens";
+
+pub(super) fn rows() -> Vec<Row<Arc<App>>> {
+    vec![
+        Row::get(PATH, ADMIN, Reach::Whole, list),
+        Row::post(PATH, ADMIN, Reach::Whole, create),
+        Row::delete("/api/v1/tokens/{token}", ADMIN, Reach::Whole, revoke),
+    ]
+}
+
+async fn list(State(app): Shared) -> Answer<Vec<TokenView>> {
+    app.tokens.list(Utc::now()).map(Json)
+}
+
+async fn create(State(app): Shared, Body(request): Body<NewTokenRequest>) -> Result<Response, Problem> {
+    let made = blocking(move || app.tokens.create(request, Utc::now())).await?;
+    Ok((StatusCode::CREATED, Json(made)).into_response())
+}
+
+async fn revoke(State(app): Shared, Path(token): Path<String>) -> Answer<TokenView> {
+    blocking(move || app.tokens.revoke(&token, Utc::now())).await.map(Json)
+}
