@@ -18,7 +18,7 @@ readonly ROOT_MIB=191   # of the root partition
 readonly FILES_MAX=320  # checksummed at every boot, read from disk each time
 readonly MODULES=(virtio_pci virtio_blk virtio_scsi sd_mod ahci nvme ext4 button evdev virtio_net virtio_console)
 readonly KERNEL_OPTIONS='console=ttyS0,115200 loglevel=4 panic=1 mitigations=off random.trust_cpu=on
-    cryptomgr.notests i8042.noaux i8042.nokbd'
+    cryptomgr.notests no_timer_check i8042.noaux i8042.nokbd'
 
 say() { printf 'guest: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -194,12 +194,13 @@ CONF
         -E "offset=$offset,lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0" "$image" "${ROOT_MIB}M"
 }
 
+# With several disks, which is the first is for the firmware to say. `search` is in the core, the rest on the root.
 grub_config() {
     cat <<CONFIG
 serial --unit=0 --speed=115200
 terminal_input serial
 terminal_output serial
-set root=$1
+search --no-floppy --label lifeboat-root --set=root
 configfile /boot/grub/grub.cfg
 CONFIG
 }
@@ -210,9 +211,9 @@ make_bios_disk() {
     truncate -s $(((ROOT_MIB + 1) * MIB)) "$image"
     printf 'label: dos\nlabel-id: 0x4c494645\nstart=2048, type=83, bootable\n' | sfdisk -q "$image"
     make_file_system "$image" "$MIB" "$mode"
-    grub_config '(hd0,msdos1)' >"$work/grub-bios.cfg"
+    grub_config >"$work/grub-bios.cfg"
     grub-mkimage -O i386-pc -p '(hd0,msdos1)/boot/grub' -c "$work/grub-bios.cfg" -o "$work/core.img" \
-        biosdisk part_msdos ext2 serial terminal configfile linux boot minicmd
+        biosdisk part_msdos ext2 search_label search serial terminal configfile linux boot minicmd
     core_len=$(stat -c %s "$work/core.img")
     [ "$core_len" -le $((MIB - 512)) ] || die "GRUB's core of $core_len bytes does not fit before the partition"
     # The first 440 bytes only: the partition table stands behind them.
@@ -230,9 +231,9 @@ start=1MiB, size=${esp_mib}MiB, type=U, uuid=4C494645-424F-4154-8000-00000000000
 start=$((1 + esp_mib))MiB, size=${ROOT_MIB}MiB, type=L, uuid=4C494645-424F-4154-8000-000000000003, name=root
 TABLE
     make_file_system "$image" $(((1 + esp_mib) * MIB)) "$mode"
-    grub_config '(hd0,gpt2)' >"$work/grub-uefi.cfg"
+    grub_config >"$work/grub-uefi.cfg"
     grub-mkimage -O x86_64-efi -p '(hd0,gpt2)/boot/grub' -c "$work/grub-uefi.cfg" -o "$work/bootx64.efi" \
-        part_gpt ext2 serial terminal configfile linux boot minicmd
+        part_gpt ext2 search_label search serial terminal configfile linux boot minicmd
     truncate -s "${esp_mib}M" "$work/esp.img"
     mkfs.vfat -F 32 -i 4C494645 -n ESP "$work/esp.img" >/dev/null
     mmd -i "$work/esp.img" ::/EFI ::/EFI/BOOT
