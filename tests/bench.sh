@@ -4,6 +4,8 @@
 #
 #   BENCH_PARTS     of `store nbd open boot scale` (all but scale)      BENCH_ROUNDS   repetitions, of which the median counts (3)
 #   BENCH_SIZE      of the image made of /usr (3G)      BENCH_SECONDS  for each run of fio (3)
+#   BENCH_OVER      of `unix tcp` (both): how servers of NBD are reached
+#   BENCH_NBD       of the tests of `nbd` (all): `cold-32 rewrite-32-fsync`, say
 #   BENCH_SHORT=1   one round, runs of one second: whether all of it works, and a first look
 #   BENCH_COLD=1    drop the page cache before each step of `store`; as root, and it slows everyone on the machine
 #
@@ -14,6 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 lifeboat=$(readlink -f "${LIFEBOAT_BIN:?the program to measure}")
 guests=${LIFEBOAT_GUESTS:?the folder of the test guests}
 parts=${BENCH_PARTS:-store nbd open boot}
+transports=${BENCH_OVER:-unix tcp}
 short=${BENCH_SHORT:-}
 rounds=${BENCH_ROUNDS:-${short:+1}}
 rounds=${rounds:-3}

@@ -1,5 +1,6 @@
 # Serving over NBD: fio's nbd engine on one connection over a Unix socket, or TCP on loopback where a server's name says
-# so, against Lifeboat and other servers of the same image. Rounds are interleaved, so that a busy moment of the machine falls on all. Sourced by bench.sh.
+# so, against Lifeboat and other servers of the same image. Rounds are interleaved, so that a busy moment of the machine
+# falls on all. Sourced by bench.sh.
 
 readonly WARM=$((256 * 1024 * 1024)) # less than the chunk cache of 512 MiB
 
@@ -9,7 +10,7 @@ fio_options() {
         randread-1) echo '--rw=randread --bs=4k --iodepth=1' ;;
         randread-32 | cold-32) echo '--rw=randread --bs=4k --iodepth=32' ;;
         cold-1) echo '--rw=randread --bs=4k --iodepth=1' ;;
-        seqread-8) echo '--rw=read --bs=256k --iodepth=8' ;;
+        seqread-8 | coldseq-8) echo '--rw=read --bs=256k --iodepth=8' ;;
         randwrite-1) echo '--rw=randwrite --bs=4k --iodepth=1' ;;
         mixed-32) echo '--rw=randrw --rwmixread=70 --bs=4k --iodepth=32' ;;
         randwrite-32 | rewrite-32) echo '--rw=randwrite --bs=4k --iodepth=32' ;;
@@ -30,6 +31,7 @@ test_title() {
         rewrite-32-fsync) echo '4 KiB random rewrite, QD 32, fsync every 32' ;;
         cold-1) echo 'cold 4 KiB random read, QD 1' ;;
         cold-32) echo 'cold 4 KiB random read, QD 32' ;;
+        coldseq-8) echo 'cold 256 KiB sequential read, QD 8' ;;
     esac
 }
 
@@ -43,7 +45,7 @@ free_port() {
 
 # start_lifeboat [VARIABLE=VALUE...]: an export in an environment of its own. LIFEBOAT_PASSPHRASE= leaves it out.
 start_lifeboat() {
-    local LIFEBOAT_REPO=$LIFEBOAT_REPO LIFEBOAT_PASSPHRASE=$LIFEBOAT_PASSPHRASE LIFEBOAT_CACHE=${LIFEBOAT_CACHE:-} listen=
+    local LIFEBOAT_REPO=$LIFEBOAT_REPO LIFEBOAT_PASSPHRASE=$LIFEBOAT_PASSPHRASE LIFEBOAT_CACHE=${LIFEBOAT_CACHE:-}
     if [ $# -gt 0 ]; then local "$@"; fi
     export LIFEBOAT_REPO LIFEBOAT_PASSPHRASE LIFEBOAT_CACHE
     [ -n "$LIFEBOAT_PASSPHRASE" ] || unset LIFEBOAT_PASSPHRASE
@@ -51,29 +53,52 @@ start_lifeboat() {
     start_export "$place/nbd-state.$RANDOM$RANDOM" vm
 }
 
+# wanted TEST...: those of them that are to be measured.
+wanted() {
+    local test
+    for test in "$@"; do
+        if [[ " ${BENCH_NBD:-$test} " == *" $test "* ]]; then echo "$test"; fi
+    done
+}
+
+# over_each NAME...: sets servers to these, once for each of the transports.
+over_each() {
+    local name
+    servers=()
+    for name in "$@"; do
+        if [[ " $transports " == *' unix '* ]]; then servers+=("$name"); fi
+        if [[ " $transports " == *' tcp '* ]]; then servers+=("$name, TCP"); fi
+    done
+}
+
 # Starts a server of its own: sets pid and uri, or fails where this machine cannot run it.
 start_server() {
-    local socket=$sockets/nbd.$RANDOM$RANDOM port tries
-    port=$(free_port)
-    uri="nbd+unix:///?socket=$socket"
-    if [[ $1 == *', TCP' ]]; then uri="nbd://127.0.0.1:$port"; fi
-    case $1 in
+    local name=${1%, TCP} socket=$sockets/nbd.$RANDOM$RANDOM port tries listen= qemu nbdkit
+    if [ "$name" = "$1" ]; then
+        uri="nbd+unix:///?socket=$socket"
+        qemu=(qemu-nbd -t -e 8 -k "$socket")
+        nbdkit=(nbdkit -f -U "$socket")
+    else
+        port=$(free_port)
+        uri="nbd://127.0.0.1:$port"
+        listen=tcp:127.0.0.1:$port
+        qemu=(qemu-nbd -t -e 8 -b 127.0.0.1 -p "$port")
+        nbdkit=(nbdkit -f -i 127.0.0.1 -p "$port")
+    fi
+    case $name in
         lifeboat) start_lifeboat; return ;;
         'lifeboat, not encrypted') start_lifeboat "LIFEBOAT_REPO=$place/nbd-plain" LIFEBOAT_PASSPHRASE=; return ;;
         'lifeboat, cache off') start_lifeboat LIFEBOAT_CACHE=0; return ;;
-        'lifeboat, TCP') start_lifeboat "listen=tcp:127.0.0.1:$port"; return ;;
-        'nbdkit file, TCP') nbdkit -f -i 127.0.0.1 -p "$port" file "$image" & ;;
-        'qemu-nbd raw, threads, TCP') qemu-nbd -t -e 8 -b 127.0.0.1 -p "$port" -f raw -r --aio=threads "$image" & ;;
-        'nbdkit file') nbdkit -f -U "$socket" file "$image" & ;;
-        'nbdkit null') nbdkit -f -U "$socket" null "$size" & ;;
-        'nbdkit cow') nbdkit -f -U "$socket" --filter=cow file "$image" & ;;
-        'qemu-nbd raw, threads') qemu-nbd -t -e 8 -k "$socket" -f raw -r --aio=threads "$image" & ;;
-        'qemu-nbd raw, io_uring') qemu-nbd -t -e 8 -k "$socket" -f raw -r --aio=io_uring "$image" & ;;
+        'nbdkit file') "${nbdkit[@]}" file "$image" & ;;
+        'nbdkit null') "${nbdkit[@]}" null "$size" & ;;
+        'nbdkit cow') "${nbdkit[@]}" --filter=cow file "$image" & ;;
+        'qemu-nbd raw, threads') "${qemu[@]}" -f raw -r --aio=threads "$image" & ;;
+        'qemu-nbd raw, io_uring') "${qemu[@]}" -f raw -r --aio=io_uring "$image" & ;;
         'qemu-nbd qcow2 overlay')
             rm -f "$place/overlay.qcow2"
             qemu-img create -q -f qcow2 -b "$image" -F raw "$place/overlay.qcow2"
-            qemu-nbd -t -e 8 -k "$socket" -f qcow2 "$place/overlay.qcow2" & ;;
-        'qemu-nbd zstd qcow2') qemu-nbd -t -e 8 -k "$socket" -f qcow2 -r "$compressed" & ;;
+            "${qemu[@]}" -f qcow2 "$place/overlay.qcow2" & ;;
+        'qemu-nbd zstd qcow2') "${qemu[@]}" -f qcow2 -r "$compressed" & ;;
     esac 2>>"$place/servers.log"
     pid=$!
     started+=("$pid")
@@ -131,17 +156,18 @@ run_fio() {
 
 # The same servers, one after another, over and over; they keep running, and idle servers cost nothing.
 measure_warm_reads() {
-    local round name test seed=0 names=()
+    local round name test seed=0 names=() servers
     local -A pids uris
-    for name in lifeboat 'lifeboat, not encrypted' 'nbdkit file' 'nbdkit null' 'qemu-nbd raw, threads' \
-        'qemu-nbd raw, io_uring' 'lifeboat, TCP' 'nbdkit file, TCP' 'qemu-nbd raw, threads, TCP'; do
+    over_each lifeboat 'lifeboat, not encrypted' 'nbdkit file' 'nbdkit null' 'qemu-nbd raw, threads' \
+        'qemu-nbd raw, io_uring'
+    for name in "${servers[@]}"; do
         start_server "$name" || continue
         names+=("$name"); pids[$name]=$pid; uris[$name]=$uri
         # Twice, so that a cache that wants to see something again before it keeps it has seen it again.
         fio --name=warm --ioengine=nbd --uri="$uri" --rw=read --bs=256k --iodepth=8 --offset="$warm_from" \
             --size="$WARM" --loops=2 >/dev/null
     done
-    for test in randread-1 randread-32 seqread-8; do
+    for test in $(wanted randread-1 randread-32 seqread-8); do
         for round in $(seq "$rounds"); do
             say "nbd: $(test_title "$test"), round $round of $rounds"
             seed=$((seed + 1))
@@ -157,11 +183,12 @@ measure_warm_reads() {
 # A server of its own for each run: what one has written, or read, does not help or hinder the next. What is to be
 # rewritten is written before.
 measure_fresh() {
-    local test=$1 from=$2 length=$3 round name
+    local test=$1 from=$2 length=$3 round name servers
     shift 3
+    over_each "$@"
     for round in $(seq "$rounds"); do
         say "nbd: $(test_title "$test"), round $round of $rounds"
-        for name in "$@"; do
+        for name in "${servers[@]}"; do
             start_server "$name" || continue
             if [[ $test == rewrite-* ]]; then
                 fio --name=fill --ioengine=nbd --uri="$uri" --rw=write --bs=256k --iodepth=8 --offset="$from" \
@@ -190,35 +217,35 @@ measure_nbd() {
     )
     # Where the image has data, past the first tables of inodes.
     warm_from=$((size / 4 / BLOCK * BLOCK))
-    measure_warm_reads
+    if [ -n "$(wanted randread-1 randread-32 seqread-8)" ]; then measure_warm_reads; fi
     # Most of the image, so that a fresh overlay has to find room for nearly every write.
     from=$((size / 20 / BLOCK * BLOCK))
     length=$((size / 4 * 3))
     export LIFEBOAT_CACHE=16M # next to nothing: every read fetches, decrypts and decompresses
-    for test in cold-1 cold-32; do
+    for test in $(wanted cold-1 cold-32 coldseq-8); do
         measure_fresh "$test" "$from" "$length" lifeboat 'lifeboat, not encrypted' 'lifeboat, cache off' 'qemu-nbd zstd qcow2'
     done
     unset LIFEBOAT_CACHE
-    for test in randwrite-1 randwrite-32 randwrite-32-fsync mixed-32; do
-        measure_fresh "$test" "$from" "$length" lifeboat 'nbdkit cow' 'qemu-nbd qcow2 overlay'
+    for test in $(wanted randwrite-1 randwrite-32 randwrite-32-fsync mixed-32); do
+        measure_fresh "$test" "$from" "$length" lifeboat 'lifeboat, not encrypted' 'nbdkit cow' 'qemu-nbd qcow2 overlay'
     done
-    for test in rewrite-32 rewrite-32-fsync; do
+    for test in $(wanted rewrite-32 rewrite-32-fsync); do
         measure_fresh "$test" "$warm_from" "$WARM" lifeboat 'nbdkit cow' 'qemu-nbd qcow2 overlay'
     done
 }
 
 report_nbd() {
-    local test name key rate ours
+    local test name key rate ours servers
+    over_each lifeboat 'lifeboat, not encrypted' 'lifeboat, cache off' 'nbdkit file' 'nbdkit null' 'nbdkit cow' \
+        'qemu-nbd raw, threads' 'qemu-nbd raw, io_uring' 'qemu-nbd qcow2 overlay' 'qemu-nbd zstd qcow2'
     printf '\n## NBD: fio, one connection, %s s a run\n\n' "$seconds"
     {
         printf 'test\tserver\tIOPS\tMB/s\tp50 us\tp99 us\tp99.9 us\tserver CPU us/op\tLifeboat is faster by\n'
-        for test in randread-1 randread-32 seqread-8 cold-1 cold-32 randwrite-1 randwrite-32 randwrite-32-fsync mixed-32 \
-            rewrite-32 rewrite-32-fsync; do
+        for test in randread-1 randread-32 seqread-8 cold-1 cold-32 coldseq-8 randwrite-1 randwrite-32 \
+            randwrite-32-fsync mixed-32 rewrite-32 rewrite-32-fsync; do
             rate=iops
-            if [ "$test" = seqread-8 ]; then rate=rate; fi
-            for name in lifeboat 'lifeboat, not encrypted' 'lifeboat, cache off' 'nbdkit file' 'nbdkit null' 'nbdkit cow' \
-                'qemu-nbd raw, threads' 'qemu-nbd raw, io_uring' 'qemu-nbd qcow2 overlay' 'qemu-nbd zstd qcow2' \
-                'lifeboat, TCP' 'nbdkit file, TCP' 'qemu-nbd raw, threads, TCP'; do
+            if [[ $test == *seq* ]]; then rate=rate; fi
+            for name in "${servers[@]}"; do
                 key=$test.${name// /_}
                 [ -n "$(median "$key.$rate")" ] || continue
                 ours=$(median "$test.lifeboat$([[ $name != *', TCP' ]] || echo ,_TCP).$rate")
