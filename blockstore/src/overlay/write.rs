@@ -16,6 +16,11 @@ const _: () = assert!(GRAIN_LEN as u64 == GRAIN);
 /// Allocated zeroes are written in pieces of this size.
 static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 
+/// The data file is written in pieces of this size. The page cache keeps what came in one piece in one folio, and ext4
+/// looks at every block of a folio that is written to: a later write of 4 KiB into what was written 256 KiB at a time
+/// costs 10 us, 1 MiB at a time 34 us, 32 KiB at a time 2 us, and the pieces together no more than the whole.
+const WRITE_PIECE: u64 = 32 << 10;
+
 fn small(value: u64) -> usize {
     usize::try_from(value).expect("at most the length of a buffer in memory")
 }
@@ -195,7 +200,15 @@ impl Overlay {
     }
 
     fn write_data(&self, offset: u64, data: &[u8]) -> Result<(), OverlayError> {
-        let written = self.data.write_at(offset, data);
-        written.map_err(|error| Action::Write.failed(&self.place.shown(DATA_NAME), error))
+        let (mut at, mut rest) = (offset, data);
+        while !rest.is_empty() {
+            let room = small(WRITE_PIECE - at % WRITE_PIECE);
+            let (piece, after) = rest.split_at(room.min(rest.len()));
+            let written = self.data.write_at(at, piece);
+            written.map_err(|error| Action::Write.failed(&self.place.shown(DATA_NAME), error))?;
+            at += piece.len() as u64;
+            rest = after;
+        }
+        Ok(())
     }
 }

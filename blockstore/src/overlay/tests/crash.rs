@@ -95,7 +95,8 @@ fn run(folder: &SimFolder, compact_min: u64, promise: &mut Promise, seed: u64, s
             1 => numbers.below(DISK / 512) * 512,
             _ => numbers.below(DISK),
         };
-        let length = [700, 4096, 512, 9000, 20_000][usize::try_from(numbers.below(5)).unwrap()].min(DISK - offset);
+        let length = [700, 4096, 512, 9000, 20_000, 70_000][usize::try_from(numbers.below(6)).unwrap()];
+        let length = length.min(DISK - offset);
         let byte = u8::try_from(1 + (seed + step) % 250).unwrap();
         match numbers.below(10) {
             0 | 1 => {

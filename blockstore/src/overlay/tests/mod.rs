@@ -119,6 +119,20 @@ pub(super) fn base_bytes(size: u64) -> Vec<u8> {
 const SIZE: u64 = 64 * 4096 + 1000;
 
 #[test]
+fn a_long_write_reaches_the_data_file_in_pieces() {
+    let folder = SimFolder::new(1);
+    let overlay = create(&folder, SIZE).unwrap();
+    overlay.write(0, &vec![1; usize::try_from(SIZE).unwrap()]).unwrap();
+    let bytes: Vec<u8> = (0..200_000u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
+    let before = folder.operations();
+    overlay.write(5000, &bytes).unwrap();
+    assert_eq!(folder.operations() - before, 7, "cut at multiples of 32 KiB");
+    assert_eq!(read(&overlay, 5000, 200_000), bytes);
+    assert_eq!(read(&overlay, 4998, 2), [1; 2]);
+    assert_eq!(read(&overlay, 205_000, 2), [1; 2]);
+}
+
+#[test]
 fn a_fresh_overlay_reads_as_its_base_and_keeps_flushed_writes_through_reopening() {
     let root = tempfile::tempdir().unwrap();
     let folder: Arc<dyn Folder> = Arc::new(LocalFolder::new(root.path()));
