@@ -30,9 +30,12 @@ const BUFFERED_MAX: u64 = 64 << 10; // well below INPUT, so that it always arriv
 /// Largest write that is performed on the connection's task; a larger one is worth a thread.
 const WRITE_RESIDENT_MAX: u64 = 32 << 10;
 
-/// A write on the task that took longer than this has waited for the host: the next ones get threads for a while, for
-/// other connections need the task's.
+/// A write on the task that took longer than this has waited for the host, or for a processor, which passes: one in a
+/// thousand does on a busy host. After the second of two that are so close to each other, and after one that took much
+/// longer, the next writes get threads for a while, for other connections need the task's.
 const SLOW: Duration = Duration::from_millis(1);
+const SLOW_WITHIN: u32 = 64;
+const SLOW_AT_ONCE: Duration = Duration::from_millis(20);
 const SLOW_FOR: Duration = Duration::from_millis(100);
 
 /// Largest read that is answered from memory on the connection's task; a larger one is worth a thread.
@@ -92,6 +95,8 @@ struct Task {
     resident: (u64, u64),
     /// Until then writes get threads.
     slow_until: Option<Instant>,
+    /// Writes on the task since one was slow.
+    since_slow: u32,
     ending: Option<Ending>,
 }
 
@@ -119,6 +124,7 @@ pub(crate) async fn run(connection: Connection, shared: Arc<Shared>, membership:
         pieces: Vec::new(),
         resident: (0, 0),
         slow_until: None,
+        since_slow: SLOW_WITHIN,
         ending: None,
     };
     let result = task.serve().await;
@@ -374,9 +380,10 @@ impl Task {
         self.start += length;
         let took = began.elapsed();
         published.statistics.record_latency(Operation::Write, took);
-        if took > SLOW {
+        if took > SLOW_AT_ONCE || took > SLOW && self.since_slow < SLOW_WITHIN {
             self.slow_until = Some(began + SLOW_FOR);
         }
+        self.since_slow = if took > SLOW { 0 } else { self.since_slow.saturating_add(1) };
         record(published, request, if result.is_ok() { Outcome::Done } else { Outcome::Failed });
         let Task { connection, batch, .. } = self;
         let mut reply = connection.reply(batch, request.cookie, request.offset);
