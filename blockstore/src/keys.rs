@@ -1,10 +1,11 @@
 //! Secrets, the master key, and the keys derived from it. Specification: docs/format/keys.md
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::thread;
 
-use aes_gcm::aead::inout::InOutBuf;
-use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use quick_cache::sync::Cache;
 use zeroize::{Zeroize, Zeroizing};
 
@@ -64,7 +65,8 @@ impl Secret {
                 let params = argon2::Params::new(*memory_kib, *passes, *lanes, Some(32)).ok()?;
                 let argon = argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, params);
                 let mut out = Zeroizing::new([0; 32]);
-                argon.hash_password_into(text.as_bytes(), salt, out.as_mut_slice()).ok()?;
+                let threads = lane_threads(*lanes)?;
+                threads.install(|| argon.hash_password_into(text.as_bytes(), salt, out.as_mut_slice())).ok()?;
                 Some(out)
             }
             (SecretKind::KeyFile(bytes), Stretch::KeyFile) => {
@@ -79,10 +81,20 @@ impl Secret {
     /// How writers stretch this kind of secret.
     fn default_stretch(&self) -> Stretch {
         match self.0 {
-            SecretKind::Passphrase(_) => Stretch::Passphrase { memory_kib: 64 << 10, passes: 3, lanes: 1 },
+            // The second choice of RFC 9106: the first wants 2 GiB of memory.
+            SecretKind::Passphrase(_) => Stretch::Passphrase { memory_kib: 64 << 10, passes: 3, lanes: 4 },
             SecretKind::KeyFile(_) => Stretch::KeyFile,
         }
     }
+}
+
+/// Threads for the lanes of one Argon2 call, gone with it. Without them the library would start its own for every core
+/// of the machine, for ever.
+fn lane_threads(lanes: u32) -> Option<rayon::ThreadPool> {
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let count = usize::try_from(lanes).map_or(cores, |lanes| lanes.clamp(1, cores));
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(count).thread_name(|_| "argon2".to_owned()).build();
+    threads.inspect_err(|error| tracing::error!(%error, "no threads for Argon2: a passphrase cannot be tried")).ok()
 }
 
 impl fmt::Debug for Secret {
@@ -292,26 +304,24 @@ impl Keyring {
     }
 }
 
-/// AES-256-GCM with one key.
-pub(crate) struct Cipher(Box<Aes256Gcm>);
+/// AES-256-GCM with one key. "Less safe" is the library's name for a key whose nonces the caller answers for.
+pub(crate) struct Cipher(LessSafeKey);
 
 impl Cipher {
     fn new(key: &[u8; 32]) -> Cipher {
-        Cipher(Box::new(Aes256Gcm::new(key.into())))
+        Cipher(LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).expect("a key of AES-256 has 32 bytes")))
     }
 
     /// Seals in place and returns the tag. None if the message is too long for GCM.
     pub fn seal(&self, nonce: &[u8; 12], data: &[u8], message: &mut [u8]) -> Option<[u8; 16]> {
-        let tag = self.0.encrypt_inout_detached(nonce.into(), data, InOutBuf::from(message)).ok()?;
-        Some(tag.into())
+        let nonce = Nonce::assume_unique_for_key(*nonce);
+        let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(data), message).ok()?;
+        tag.as_ref().try_into().ok()
     }
 
     /// Opens message and tag in place and returns the message, or none if they do not fit.
     pub fn open<'a>(&self, nonce: &[u8; 12], data: &[u8], sealed: &'a mut [u8]) -> Option<&'a mut [u8]> {
-        let (message, tag) = sealed.split_last_chunk_mut::<16>()?;
-        let tag = *tag;
-        self.0.decrypt_inout_detached(nonce.into(), data, InOutBuf::from(&mut *message), (&tag).into()).ok()?;
-        Some(message)
+        self.0.open_in_place(Nonce::assume_unique_for_key(*nonce), Aad::from(data), sealed).ok()
     }
 }
 
@@ -364,6 +374,21 @@ mod tests {
         assert!(matches!(MasterKey::unwrap(&config(), &slot, &key_file(2)), Unwrapped::Wrong));
         let passphrase = Secret::passphrase("x".into());
         assert!(matches!(MasterKey::unwrap(&config(), &slot, &passphrase), Unwrapped::Wrong));
+    }
+
+    #[test]
+    fn a_passphrase_is_stretched_as_the_reference_does_with_one_lane_and_with_several() {
+        // echo -n 'correct horse' | argon2 saltsaltsaltsaltsaltsaltsaltsalt -id -t 2 -k 256 -l 32 -r -p LANES
+        let expected = [
+            (1, "42c4216fef0c906f5a599e8cdbfe67ee27c1313cd8350de10241b21794ee49bb"),
+            (4, "41e0616df31b23762415257d2e6797859b54b515e47ff9da81a2bb933202333e"),
+        ];
+        let secret = Secret::passphrase("correct horse".into());
+        for (lanes, expected) in expected {
+            let cost = Stretch::Passphrase { memory_kib: 256, passes: 2, lanes };
+            let out = secret.stretch(&cost, b"saltsaltsaltsaltsaltsaltsaltsalt").expect("a passphrase");
+            assert_eq!(blake3::Hash::from_bytes(*out).to_hex().as_str(), expected);
+        }
     }
 
     #[test]
