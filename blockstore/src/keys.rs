@@ -5,7 +5,8 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread;
 
-use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use aes_gcm::aead::inout::InOutBuf;
+use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit};
 use quick_cache::sync::Cache;
 use zeroize::{Zeroize, Zeroizing};
 
@@ -304,24 +305,26 @@ impl Keyring {
     }
 }
 
-/// AES-256-GCM with one key. "Less safe" is the library's name for a key whose nonces the caller answers for.
-pub(crate) struct Cipher(LessSafeKey);
+/// AES-256-GCM with one key.
+pub(crate) struct Cipher(Box<Aes256Gcm>);
 
 impl Cipher {
     fn new(key: &[u8; 32]) -> Cipher {
-        Cipher(LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).expect("a key of AES-256 has 32 bytes")))
+        Cipher(Box::new(Aes256Gcm::new(key.into())))
     }
 
     /// Seals in place and returns the tag. None if the message is too long for GCM.
     pub fn seal(&self, nonce: &[u8; 12], data: &[u8], message: &mut [u8]) -> Option<[u8; 16]> {
-        let nonce = Nonce::assume_unique_for_key(*nonce);
-        let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(data), message).ok()?;
-        tag.as_ref().try_into().ok()
+        let tag = self.0.encrypt_inout_detached(nonce.into(), data, InOutBuf::from(message)).ok()?;
+        Some(tag.into())
     }
 
     /// Opens message and tag in place and returns the message, or none if they do not fit.
     pub fn open<'a>(&self, nonce: &[u8; 12], data: &[u8], sealed: &'a mut [u8]) -> Option<&'a mut [u8]> {
-        self.0.open_in_place(Nonce::assume_unique_for_key(*nonce), Aad::from(data), sealed).ok()
+        let (message, tag) = sealed.split_last_chunk_mut::<16>()?;
+        let tag = *tag;
+        self.0.decrypt_inout_detached(nonce.into(), data, InOutBuf::from(&mut *message), (&tag).into()).ok()?;
+        Some(message)
     }
 }
 
