@@ -110,6 +110,31 @@ id!(
     16
 );
 
+/// The name of a drill's result: the point, and when the drill began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DrillId {
+    /// The recovery point that was booted.
+    pub point: RecoveryPointId,
+    /// When, in milliseconds since 1970 UTC.
+    pub time_unix_ms: u64,
+}
+
+impl fmt::Display for DrillId {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}-{:016x}", self.point, self.time_unix_ms)
+    }
+}
+
+impl FromStr for DrillId {
+    type Err = ParseIdError;
+    fn from_str(text: &str) -> Result<DrillId, ParseIdError> {
+        let (point, time) = text.split_once('-').ok_or(ParseIdError { digits: 80 })?;
+        let mut bytes = [0; 8];
+        parse_hex(time, &mut bytes).ok_or(ParseIdError { digits: 16 })?;
+        Ok(DrillId { point: point.parse()?, time_unix_ms: u64::from_be_bytes(bytes) })
+    }
+}
+
 impl ChunkId {
     /// The reserved id of the chunk, or subtree, that is all zeroes. Nothing is stored for it.
     pub const ZERO: ChunkId = ChunkId([0; 32]);

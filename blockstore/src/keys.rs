@@ -19,6 +19,7 @@ const CHUNK_CONTEXT: &str = "lifeboat 1 chunk id";
 const NODE_CONTEXT: &str = "lifeboat 1 node id";
 const PACK_CONTEXT: &str = "lifeboat 1 pack";
 const POINT_CONTEXT: &str = "lifeboat 1 point";
+const DRILL_CONTEXT: &str = "lifeboat 1 drill";
 const PLAIN_NODE_CONTEXT: &str = "lifeboat 1 plain node id";
 const KEY_FILE_CONTEXT: &str = "lifeboat 1 key file";
 const WRAP_CONTEXT: &str = "lifeboat 1 key slot wrap";
@@ -219,6 +220,7 @@ struct DerivedKeys {
     node: [u8; 32],
     pack: [u8; 32],
     point: [u8; 32],
+    drill: [u8; 32],
     /// Ciphers of packs that were read, by salt: expanding a key takes longer than opening a short frame.
     opening: Cache<[u8; 32], Arc<Cipher>>,
 }
@@ -229,6 +231,7 @@ impl Drop for DerivedKeys {
         self.node.zeroize();
         self.pack.zeroize();
         self.point.zeroize();
+        self.drill.zeroize();
     }
 }
 
@@ -254,6 +257,7 @@ impl Keyring {
                 node: derive(NODE_CONTEXT),
                 pack: derive(PACK_CONTEXT),
                 point: derive(POINT_CONTEXT),
+                drill: derive(DRILL_CONTEXT),
                 opening: Cache::new(OPENING),
             }),
         }
@@ -302,6 +306,11 @@ impl Keyring {
     /// The cipher of a recovery point, if points are sealed.
     pub fn point_cipher(&self, salt: &[u8; 32]) -> Option<Cipher> {
         self.keys.as_ref().map(|keys| Cipher::new(blake3::keyed_hash(&keys.point, salt).as_bytes()))
+    }
+
+    /// The cipher of a drill's result, if points are sealed.
+    pub fn drill_cipher(&self, salt: &[u8; 32]) -> Option<Cipher> {
+        self.keys.as_ref().map(|keys| Cipher::new(blake3::keyed_hash(&keys.drill, salt).as_bytes()))
     }
 }
 

@@ -9,6 +9,7 @@ pub mod backup;
 pub mod base;
 pub mod collect;
 pub mod disk;
+pub mod drill;
 pub mod error;
 pub mod format;
 mod id;
@@ -35,7 +36,7 @@ pub use collect::{CollectError, CollectOptions, CollectReport, KeylessCollect};
 pub use error::ReadError;
 pub use format::FormatError;
 pub use id::{
-    BatchId, ChunkId, LeaseId, PackId, ParseIdError, RecoveryPointId, RepositoryId, RunId, SlotId, VerifiedId,
+    BatchId, ChunkId, DrillId, LeaseId, PackId, ParseIdError, RecoveryPointId, RepositoryId, RunId, SlotId, VerifiedId,
 };
 pub use keyless::{Keyless, KeylessReport};
 pub use keys::{Protection, Secret};

@@ -263,6 +263,9 @@ impl Repository {
                 return Err(CollectError::InUse { holder: other.holder() });
             }
         }
+        if let Err(error) = self.drop_stray_drills() {
+            warn!(%error, "drills of points that are gone stay until the next collect");
+        }
         let fetcher = self.fetcher();
         let mut round = Round::look_durably(self, progress)?;
         let mut report = round.report(options);

@@ -4,6 +4,7 @@
 //! Nothing here does I/O, and no decoder panics or allocates by a length it has not checked.
 
 pub mod config;
+pub mod drill;
 pub mod note;
 pub mod pack;
 pub mod point;

@@ -96,6 +96,7 @@ impl Keyless {
         verifier.open_runs()?;
         verifier.check_points()?;
         verifier.check_protections()?;
+        verifier.check_drills()?;
         let indexed = verifier.indexed();
         for pack in indexed.keys().filter(|pack| !packs.contains_key(pack)).copied().collect::<Vec<_>>() {
             // Stored since the listing, or missing.
@@ -208,6 +209,17 @@ impl Verifier<'_> {
                 }
                 Ok(_) => {}
                 Err(error) => self.note(object, format!("it cannot be read: {}", chain(&error))),
+            }
+        }
+        Ok(())
+    }
+
+    fn check_drills(&mut self) -> Result<(), VerifyError> {
+        for object in self.list(ObjectKind::Drill, "drills")? {
+            self.stop_if_cancelled()?;
+            let Object::Drill(id) = object else { continue };
+            if let Some(problem) = crate::drill::problem(&*self.keyless.storage, &self.keyless.config, id) {
+                self.note(object, problem);
             }
         }
         Ok(())

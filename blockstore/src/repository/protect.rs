@@ -74,7 +74,7 @@ pub enum PointError {
 }
 
 impl PointError {
-    fn io(object: impl ToString) -> impl FnOnce(io::Error) -> PointError {
+    pub(crate) fn io(object: impl ToString) -> impl FnOnce(io::Error) -> PointError {
         move |source| PointError::Io { object: object.to_string(), source }
     }
 }
@@ -138,7 +138,7 @@ impl Repository {
     /// it, or if it is damaged, the point stays.
     ///
     /// Order, under the repository's lock: (1) the heir is put again: the backup that wrote it may have been killed
-    /// before its name was durable; (2) the point is deleted; (3) a protection that has ended is deleted. 2 before 1
+    /// before its name was durable; (2) the point is deleted; (3) a protection that has ended is deleted; (4) so are the point's drills. 2 before 1
     /// could leave a machine without any point after a power cut.
     pub fn forget(
         &self,
@@ -163,7 +163,7 @@ impl Repository {
             let object = Object::Protection(point);
             storage.delete(&object).map_err(PointError::io(object))?;
         }
-        Ok(())
+        self.forget_drills(point)
     }
 
     /// Makes sure that a point is whole and durable.
@@ -180,7 +180,12 @@ impl Repository {
         self.storage().put(&object, &bytes).map_err(PointError::io(object))
     }
 
-    fn expect_point(&self, point: RecoveryPointId) -> Result<(), PointError> {
+    /// Holds off everybody else who decides by what points there are.
+    pub(crate) fn hold(&self) -> Result<Box<dyn Send>, PointError> {
+        self.storage().hold().map_err(busy)
+    }
+
+    pub(crate) fn expect_point(&self, point: RecoveryPointId) -> Result<(), PointError> {
         let object = Object::Point(point);
         match self.storage().len(&object) {
             Ok(_) => Ok(()),

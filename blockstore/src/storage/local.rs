@@ -122,6 +122,7 @@ impl LocalStorage {
             ObjectKind::Protection => vec![PathBuf::from("protected")],
             ObjectKind::Quarantine => vec![PathBuf::from("quarantine")],
             ObjectKind::Verified => vec![PathBuf::from("verified")],
+            ObjectKind::Drill => vec![PathBuf::from("drills")],
         })
     }
 

@@ -11,7 +11,7 @@ use std::io;
 
 use bytes::Bytes;
 
-use crate::id::{BatchId, LeaseId, PackId, RecoveryPointId, RunId, SlotId, VerifiedId};
+use crate::id::{BatchId, DrillId, LeaseId, PackId, RecoveryPointId, RunId, SlotId, VerifiedId};
 use crate::lease::{Surroundings, System};
 use crate::mapping::Mapping;
 
@@ -42,6 +42,8 @@ pub enum Object {
     Liveness,
     /// A list of packs and when they were verified.
     Verified(VerifiedId),
+    /// What a drill of a recovery point found.
+    Drill(DrillId),
 }
 
 /// The kinds of objects that can be listed.
@@ -65,6 +67,8 @@ pub enum ObjectKind {
     Quarantine,
     /// Lists of verified packs.
     Verified,
+    /// Results of drills.
+    Drill,
 }
 
 /// An object and its length.
@@ -95,6 +99,7 @@ impl Object {
             Object::Quarantine(id) => format!("quarantine/{id}"),
             Object::Liveness => "liveness".to_owned(),
             Object::Verified(id) => format!("verified/{id}"),
+            Object::Drill(id) => format!("drills/{id}"),
         }
     }
 
@@ -110,6 +115,7 @@ impl Object {
             ObjectKind::Protection => name.parse().ok().map(Object::Protection),
             ObjectKind::Quarantine => name.parse().ok().map(Object::Quarantine),
             ObjectKind::Verified => name.parse().ok().map(Object::Verified),
+            ObjectKind::Drill => name.parse().ok().map(Object::Drill),
         }
     }
 }
@@ -128,6 +134,7 @@ impl fmt::Display for Object {
             Object::Quarantine(_) => write!(out, "quarantine object {}", self.path()),
             Object::Liveness => out.write_str("summary `liveness`"),
             Object::Verified(_) => write!(out, "list of verified packs {}", self.path()),
+            Object::Drill(_) => write!(out, "drill {}", self.path()),
         }
     }
 }
@@ -228,6 +235,7 @@ mod tests {
             Object::Quarantine(BatchId([5; 16])),
             Object::Liveness,
             Object::Verified(VerifiedId([4; 32])),
+            Object::Drill(DrillId { point: RecoveryPointId([6; 32]), time_unix_ms: 0x019a }),
         ]
         .map(|object| object.path());
         let pack = format!("packs/cd/{}", "cd".repeat(32));
@@ -240,10 +248,11 @@ mod tests {
         let lease = format!("leases/{}", "04".repeat(16));
         let verified = format!("verified/{}", "04".repeat(32));
         let batch = format!("quarantine/{}", "05".repeat(16));
+        let drill = format!("drills/{}-000000000000019a", "06".repeat(32));
         let (config, liveness) = ("repository".to_owned(), "liveness".to_owned());
         assert_eq!(
             paths,
-            [config, slot, pack, run, damaged, point, marker, lease, protection, batch, liveness, verified]
+            [config, slot, pack, run, damaged, point, marker, lease, protection, batch, liveness, verified, drill]
         );
     }
 
@@ -253,5 +262,10 @@ mod tests {
         assert_eq!(Object::parse(ObjectKind::IndexRun, &name), Some(Object::IndexRun(RunId([1; 32]))));
         assert_eq!(Object::parse(ObjectKind::IndexRun, &format!("{name}.damaged")), None);
         assert_eq!(Object::parse(ObjectKind::Pack, "lost+found"), None);
+        let drill = Object::Drill(DrillId { point: RecoveryPointId([1; 32]), time_unix_ms: u64::MAX });
+        assert_eq!(Object::parse(ObjectKind::Drill, &format!("{name}-{}", "f".repeat(16))), Some(drill));
+        for bad in [name.clone(), format!("{name}-"), format!("{name}-12"), format!("{name}-{}", "F".repeat(16))] {
+            assert_eq!(Object::parse(ObjectKind::Drill, &bad), None, "{bad}");
+        }
     }
 }

@@ -115,6 +115,23 @@ impl Verifier<'_> {
         }
         Ok(())
     }
+
+    /// The drills of the points that are verified.
+    pub(super) fn check_drills(&mut self) -> Result<(), VerifyError> {
+        for id in self.repository.drills()? {
+            self.stop_if_cancelled()?;
+            if self.options.point.is_some_and(|only| only != id.point) {
+                continue;
+            }
+            match self.repository.drill(id) {
+                Err(ReadError::Damaged { object, source }) => self.note(object, crate::drill::told(&source)),
+                Err(ReadError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {} // dropped since
+                Err(ReadError::Io { source, .. }) => self.note(Object::Drill(id), cannot_be_read(&source)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 pub(super) fn cannot_be_read(error: &io::Error) -> String {

@@ -240,7 +240,8 @@ impl<'a> Verifier<'a> {
         self.check_head()?;
         self.check_index()?;
         self.load_points()?;
-        self.check_protections()
+        self.check_protections()?;
+        self.check_drills()
     }
 
     /// After something was stored: what stands now.
