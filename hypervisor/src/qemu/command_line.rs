@@ -37,6 +37,17 @@ pub struct Launch {
     pub uefi_code: Option<std::path::PathBuf>,
     /// Install QEMU's system call filter.
     pub sandbox: bool,
+    /// Whether the machine outlives us.
+    pub lifetime: Lifetime,
+}
+
+/// How long a machine lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lifetime {
+    /// In the background, in a session of its own.
+    Detached,
+    /// As a child that ends with the thread that started it.
+    Attached,
 }
 
 /// The arguments, without the program.
@@ -51,8 +62,12 @@ pub fn arguments(machine: &MachineDefinition, launch: &Launch) -> Vec<OsString> 
         Display::VncPort(port) => line.add("-vnc", format!("127.0.0.1:{}", port.saturating_sub(VNC_PORT_MIN))),
     }
     if launch.sandbox {
-        // Not spawn=deny or elevateprivileges=deny: going to the background needs fork and setsid, which they forbid.
-        line.add("-sandbox", "on,obsolete=deny,resourcecontrol=deny");
+        // Going to the background needs fork and setsid, which spawn=deny and elevateprivileges=deny forbid.
+        let more = match launch.lifetime {
+            Lifetime::Detached => "",
+            Lifetime::Attached => ",spawn=deny,elevateprivileges=deny",
+        };
+        line.add("-sandbox", format!("on,obsolete=deny,resourcecontrol=deny{more}"));
     }
     let flash = if launch.uefi_code.is_some() { ",pflash0=uefi-code,pflash1=uefi-vars" } else { "" };
     line.add("-machine", format!("{}{flash}", machine.machine_type));
@@ -79,11 +94,15 @@ pub fn arguments(machine: &MachineDefinition, launch: &Launch) -> Vec<OsString> 
     line.add("-device", "virtio-rng-pci,rng=rng0");
     line.add("-device", "VGA,id=video0");
     line.add("-msg", "timestamp=on");
-    // In the background QEMU keeps its error output only while some log item is on; this one never logs by itself.
-    line.add("-d", "strace");
-    line.add("-D", text(&machine.files.log));
+    if launch.lifetime == Lifetime::Detached {
+        // In the background QEMU keeps its error output only while some log item is on; this one never logs by itself.
+        line.add("-d", "strace");
+        line.add("-D", text(&machine.files.log));
+    }
     line.add("-pidfile", text(&machine.files.pid));
-    line.flags(&["-daemonize"]);
+    if launch.lifetime == Lifetime::Detached {
+        line.flags(&["-daemonize"]);
+    }
     line.arguments
 }
 
@@ -278,7 +297,7 @@ mod tests {
         text
     }
 
-    const TCG: Launch = Launch { kvm: false, uefi_code: None, sandbox: true };
+    const TCG: Launch = Launch { kvm: false, uefi_code: None, sandbox: true, lifetime: Lifetime::Detached };
 
     #[test]
     fn the_whole_line_of_a_usual_machine() {
@@ -314,6 +333,13 @@ mod tests {
 -pidfile /run/lb/web,01/qemu.pid
 -daemonize"#;
         assert_eq!(line(&machine(&[Bus::VirtioBlk]), &TCG), expected);
+    }
+
+    #[test]
+    fn an_attached_machine_stays_in_the_foreground_and_starts_nothing() {
+        let text = line(&machine(&[]), &Launch { lifetime: Lifetime::Attached, ..TCG });
+        assert!(text.contains("resourcecontrol=deny,spawn=deny,elevateprivileges=deny\n"), "{text}");
+        assert!(text.ends_with("-pidfile /run/lb/web,01/qemu.pid"), "{text}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod process;
 pub mod qmp;
 mod start;
 
+use std::ffi::OsString;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -55,6 +56,8 @@ pub struct Qemu {
     events: broadcast::Sender<MachineEvent>,
     faults: Faults,
     acceleration: Acceleration,
+    /// An attached machine's process, which ends with this.
+    child: Option<tokio::process::Child>,
 }
 
 /// Why a machine could not be found again.
@@ -104,6 +107,13 @@ impl Qemu {
     /// Starts a machine and returns once its processors run; the machine outlives this process.
     pub async fn start(definition: &MachineDefinition) -> Result<Qemu, StartError> {
         start::start(definition).await
+    }
+
+    /// Starts a machine that is thrown away: a child of ours, which ends when the value is dropped. `wrapper` is a command
+    /// that replaces itself with the one that follows it, such as `nice -n 10` or `setpriv --pdeathsig KILL`; the latter
+    /// ends the machine with the thread that polls this.
+    pub async fn start_attached(definition: &MachineDefinition, wrapper: &[OsString]) -> Result<Qemu, StartError> {
+        start::start_attached(definition, wrapper).await
     }
 
     /// Takes hold of the machine an earlier process started; `None` when it is gone.
@@ -157,7 +167,7 @@ impl Qemu {
         let faults = Faults::default();
         forward(&client, events.clone(), faults.clone());
         let (definition, control) = (definition.clone(), Mutex::new(client));
-        Ok(Some(Qemu { definition, process, control, events, faults, acceleration }))
+        Ok(Some(Qemu { definition, process, control, events, faults, acceleration, child: None }))
     }
 
     /// The definition it was started from.
@@ -279,6 +289,18 @@ impl Qemu {
         self.call("screendump", json!({ "filename": path, "format": "png" })).await.map(drop)
     }
 
+    /// Writes the pixels of what the guest's screen shows to a PPM file, which must have an absolute path.
+    pub async fn screen_pixels(&self, path: &Path) -> Result<(), MachineError> {
+        self.call("screendump", json!({ "filename": path, "format": "ppm" })).await.map(drop)
+    }
+
+    /// Whether the guest has accepted a connection through the port that [`Qemu::forward_port`] returned. That the
+    /// connection could be made says nothing: QEMU answers before it has asked the guest.
+    pub async fn has_accepted(&self, port: u16) -> Result<bool, MachineError> {
+        let answer = self.call("human-monitor-command", json!({ "command-line": "info usernet" })).await?;
+        Ok(accepted(answer.as_str().unwrap_or_default(), port))
+    }
+
     /// Forwards a free port of the loopback interface to a port of the guest, which needs the network `User` or
     /// `Isolated`. Returns the port on this side.
     pub async fn forward_port(&self, guest_port: u16) -> Result<u16, MachineError> {
@@ -353,6 +375,24 @@ impl Qemu {
             None => Exit { by_guest: false, reason: None },
         }
     }
+}
+
+/// Whether a table of connections, as `info usernet` gives it, has an open one through this port of the host:
+/// `TCP[ESTABLISHED] 20 127.0.0.1 40123 10.0.2.15 22 0 0`. The guest may have closed its side already.
+fn accepted(table: &str, port: u16) -> bool {
+    table.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        let open = matches!(words.next(), Some("TCP[ESTABLISHED]" | "TCP[CLOSE_WAIT]"));
+        open && words.nth(2).and_then(|word| word.parse().ok()) == Some(port)
+    })
+}
+
+/// Ends what is left of a machine whose starter was killed, by its pid file: whether there was such a process. Blocks
+/// until it is gone.
+pub fn kill_left_over(files: &crate::MachineFiles) -> io::Result<bool> {
+    let Ok(text) = fs::read_to_string(&files.pid) else { return Ok(false) };
+    let Ok(pid) = text.trim().parse() else { return Ok(false) };
+    process::kill_if_started_with(pid, &files.control().to_string_lossy().replace(',', ",,"), KILL_DEADLINE)
 }
 
 /// The machine's process by its pid file, for a machine whose socket does not answer.

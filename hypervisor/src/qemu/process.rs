@@ -72,10 +72,40 @@ impl Process {
 
     /// Whether its command line has this text; the last resort to recognise a machine whose socket is gone.
     pub fn was_started_with(&self, text: &str) -> bool {
-        let path = format!("/proc/{}/cmdline", self.pid());
-        let Ok(line) = std::fs::read(path) else { return false };
-        !text.is_empty() && line.windows(text.len()).any(|window| window == text.as_bytes())
+        was_started_with(self.pid, text)
     }
+}
+
+fn was_started_with(pid: Pid, text: &str) -> bool {
+    let path = format!("/proc/{}/cmdline", pid.as_raw_nonzero());
+    let Ok(line) = std::fs::read(path) else { return false };
+    !text.is_empty() && line.windows(text.len()).any(|window| window == text.as_bytes())
+}
+
+/// Kills a process if its command line has `text`, and blocks until it is gone. Whether there was such a process.
+pub fn kill_if_started_with(pid: i32, text: &str, limit: Duration) -> io::Result<bool> {
+    let Some(pid) = Some(pid).filter(|pid| *pid > 0).and_then(Pid::from_raw) else { return Ok(false) };
+    let handle = rustix::process::pidfd_open(pid, PidfdFlags::empty());
+    let began = start_time(pid);
+    if began.is_none() || !was_started_with(pid, text) {
+        return Ok(false);
+    }
+    let killed = match &handle {
+        Ok(handle) => rustix::process::pidfd_send_signal(handle, Signal::KILL),
+        Err(_) => rustix::process::kill_process(pid, Signal::KILL),
+    };
+    match killed {
+        Err(error) if error != rustix::io::Errno::SRCH => return Err(error.into()),
+        _ => {}
+    }
+    let since = std::time::Instant::now();
+    while start_time(pid) == began {
+        if since.elapsed() > limit {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "a process that was killed does not go away"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(true)
 }
 
 #[expect(
@@ -125,6 +155,21 @@ mod tests {
         assert!(Process::open(raw(child.id())).expect("proc is readable").is_none());
         child.wait().await.expect("it is our child");
         process.signal(Signal::KILL).expect("a process that is gone is no error");
+    }
+
+    #[test]
+    fn only_a_process_that_was_started_so_is_killed() {
+        let mut child = std::process::Command::new("sleep").arg("61.5").spawn().expect("sleep exists");
+        let pid = raw(Some(child.id()));
+        while !was_started_with(Pid::from_raw(pid).expect("not zero"), "61.5") {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let kill = |pid, text| kill_if_started_with(pid, text, Duration::from_secs(10)).expect("it is ours");
+        assert!(!kill(pid, "62.5") && !kill(0, "61.5") && !kill(-1, "61.5"));
+        assert!(child.try_wait().expect("a child").is_none(), "it still runs");
+        assert!(kill(pid, "61.5"));
+        child.wait().expect("it has ended");
+        assert!(!kill(pid, "61.5"));
     }
 
     #[tokio::test]

@@ -4,6 +4,7 @@
 //! pid file is locked, or ends with an error; the machine itself lives on in a session of its own. If we are killed
 //! meanwhile it notices at that moment that nobody waits and ends by itself.
 
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -14,7 +15,7 @@ use tokio::net::UnixStream;
 use tokio::process::Command;
 use tracing::{info, warn};
 
-use super::command_line::{self, Launch};
+use super::command_line::{self, Launch, Lifetime};
 use super::firmware::{self, FirmwareError};
 use super::probe::{self, Acceleration, ProbeError};
 use super::process::Process;
@@ -26,6 +27,8 @@ use crate::machine::MachineError;
 pub const START_DEADLINE: Duration = Duration::from_secs(60);
 /// How much of QEMU's log an error quotes.
 const MAX_LOG_QUOTED: u64 = 16 * 1024;
+/// How often an attached machine that has just been started is asked whether it is there.
+const ATTACH_INTERVAL: Duration = Duration::from_millis(10);
 const STDERR_GRACE: Duration = Duration::from_secs(1);
 
 /// Why a machine did not start.
@@ -128,6 +131,35 @@ pub enum StartError {
 }
 
 pub(super) async fn start(machine: &MachineDefinition) -> Result<Qemu, StartError> {
+    let (mut launch, acceleration) = prepare(machine, Lifetime::Detached).await?;
+    let began = Instant::now();
+    match run(machine, &launch).await {
+        Err(StartError::Refused { stderr, .. }) if is_about_sandbox(&stderr) => {
+            warn!(machine = machine.name, stderr, "this QEMU cannot confine itself, starting it without its sandbox");
+            launch.sandbox = false;
+            run(machine, &launch).await?;
+        }
+        other => other?,
+    }
+    let qemu = take_hold(machine, acceleration).await?;
+    info!(machine = machine.name, pid = qemu.process_id(), seconds = began.elapsed().as_secs_f64(), "machine started");
+    Ok(qemu)
+}
+
+pub(super) async fn start_attached(machine: &MachineDefinition, wrapper: &[OsString]) -> Result<Qemu, StartError> {
+    let (mut launch, acceleration) = prepare(machine, Lifetime::Attached).await?;
+    match run_attached(machine, &launch, &acceleration, wrapper).await {
+        Err(StartError::Refused { stderr, .. }) if is_about_sandbox(&stderr) => {
+            warn!(machine = machine.name, stderr, "this QEMU cannot confine itself, starting it without its sandbox");
+            launch.sandbox = false;
+            run_attached(machine, &launch, &acceleration, wrapper).await
+        }
+        other => other,
+    }
+}
+
+/// Checks what can be checked before QEMU runs.
+async fn prepare(machine: &MachineDefinition, lifetime: Lifetime) -> Result<(Launch, Acceleration), StartError> {
     let name = || machine.name.clone();
     machine.check().map_err(|source| StartError::Definition { name: name(), source })?;
     if let Some(pid) = running(machine).await {
@@ -146,19 +178,7 @@ pub(super) async fn start(machine: &MachineDefinition) -> Result<Qemu, StartErro
         ),
     };
     let acceleration = probe::accelerator(machine.binary(), machine.accelerator).await;
-    let mut launch = Launch { kvm: acceleration.kvm, uefi_code, sandbox: true };
-    let began = Instant::now();
-    match run(machine, &launch).await {
-        Err(StartError::Refused { stderr, .. }) if is_about_sandbox(&stderr) => {
-            warn!(machine = machine.name, stderr, "this QEMU cannot confine itself, starting it without its sandbox");
-            launch.sandbox = false;
-            run(machine, &launch).await?;
-        }
-        other => other?,
-    }
-    let qemu = take_hold(machine, acceleration).await?;
-    info!(machine = machine.name, pid = qemu.process_id(), seconds = began.elapsed().as_secs_f64(), "machine started");
-    Ok(qemu)
+    Ok((Launch { kvm: acceleration.kvm, uefi_code, sandbox: true, lifetime }, acceleration))
 }
 
 async fn running(machine: &MachineDefinition) -> Option<u32> {
@@ -218,6 +238,56 @@ async fn run(machine: &MachineDefinition, launch: &Launch) -> Result<(), StartEr
         }
         Ok(Err(source)) => Err(failed(source)),
         Err(_) => Err(StartError::TimedOut { name: name(), waited: START_DEADLINE, stderr: said() }),
+    }
+}
+
+/// Runs QEMU as a child, through `wrapper`.
+async fn run_attached(
+    machine: &MachineDefinition,
+    launch: &Launch,
+    acceleration: &Acceleration,
+    wrapper: &[OsString],
+) -> Result<Qemu, StartError> {
+    let name = || machine.name.clone();
+    let failed = |source| StartError::Binary { name: name(), source: probe::run_error(machine.binary(), source) };
+    let log = std::fs::File::create(&machine.files.log);
+    let log = log.map_err(|source| StartError::Io { name: name(), path: machine.files.log.clone(), source })?;
+    let mut words = wrapper.to_vec();
+    words.push(machine.binary().into());
+    words.extend(command_line::arguments(machine, launch));
+    let Some((program, arguments)) = words.split_first() else { return Err(failed(io::ErrorKind::Other.into())) };
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let began = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().map_err(failed)? {
+            return Err(StartError::Refused { name: name(), status, stderr: log_tail(&machine.files.log) });
+        }
+        match Qemu::adopt_with(machine, Some(acceleration.clone())).await {
+            Ok(Some(mut qemu)) => {
+                qemu.child = Some(child);
+                info!(machine = machine.name, pid = qemu.process_id(), "machine started, to be thrown away");
+                return Ok(qemu);
+            }
+            // Its socket is not there yet, or its pid file is and the socket is not.
+            Ok(None) | Err(AdoptError::Unreachable { .. }) if began.elapsed() < START_DEADLINE => {
+                tokio::time::sleep(ATTACH_INTERVAL).await;
+            }
+            Ok(None) | Err(AdoptError::Unreachable { .. }) => {
+                let stderr = log_tail(&machine.files.log);
+                return Err(StartError::TimedOut { name: name(), waited: START_DEADLINE, stderr });
+            }
+            Err(error) => {
+                let stderr = log_tail(&machine.files.log);
+                return Err(StartError::Lost { name: name(), stderr, source: Some(Box::new(error)) });
+            }
+        }
     }
 }
 
