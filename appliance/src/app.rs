@@ -142,6 +142,7 @@ impl App {
             .map_err(|error| Problem::from_open(&location, &error))?;
         let state = StateDir::new(options.state.clone());
         let ownership = state.own(command)?;
+        crate::drill::clean_up(&state)?;
         let catalog = Catalog::open(&state.catalog(&repository.id().to_string()))?;
         let repository = Arc::new(repository);
         let context = crate::recovery::Context { repository: repository.clone(), state: state.clone() };
@@ -194,6 +195,11 @@ impl App {
             listing.damaged.clear();
         }
         Ok(listing)
+    }
+
+    /// What is to be known of a drill without its attachments.
+    pub fn drill_summary(&self, id: blockstore::DrillId) -> Result<serde_json::Value, blockstore::ReadError> {
+        self.catalog.drill(&self.repository, id)
     }
 
     /// The recovery point that `spec` names.

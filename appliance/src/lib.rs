@@ -12,6 +12,7 @@ mod causes;
 pub mod cli;
 pub mod collect;
 pub mod disks;
+pub mod drill;
 pub mod exports;
 pub mod files;
 mod forget;

@@ -5,6 +5,8 @@
 //! STATE/lifeboat.sock    the owner's API
 //! STATE/catalog/ID/      derived catalog of the repository with that id (sled)
 //! STATE/recoveries/NAME/ one running recovery: journal, overlays, sockets, console
+//! STATE/drilling/N/      one running drill; taken away by every new owner
+//! STATE/drills/ID/       copies of what the last drills left: console log, screenshot
 //! STATE/scratch/         throw-away overlays of exports; emptied by every new owner
 //! STATE/tokens           who may use the API over the network
 //! STATE/tls/             certificates that the service made for itself
@@ -53,6 +55,16 @@ impl StateDir {
     /// The catalog of one repository.
     pub fn catalog(&self, repository: &str) -> PathBuf {
         self.root.join("catalog").join(repository)
+    }
+
+    /// Running drills.
+    pub fn drilling(&self) -> PathBuf {
+        self.root.join("drilling")
+    }
+
+    /// Copies of what drills left.
+    pub fn drills(&self) -> PathBuf {
+        self.root.join("drills")
     }
 
     /// Throw-away overlays.

@@ -35,13 +35,7 @@ pub struct DrillRecord {
 
 impl DrillRecord {
     /// The sealed object. Parsed back before anybody writes it.
-    fn seal(
-        &self,
-        id: DrillId,
-        salt: [u8; 32],
-        config: &Config,
-        keyring: &Keyring,
-    ) -> Result<Vec<u8>, FormatError> {
+    fn seal(&self, id: DrillId, salt: [u8; 32], config: &Config, keyring: &Keyring) -> Result<Vec<u8>, FormatError> {
         let text = serde_json::to_vec(&self.summary).map_err(|_| SUMMARY)?;
         let rest = self.attached.encode();
         let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX); // refused when parsed back
@@ -109,9 +103,9 @@ fn open(
 ) -> Result<Vec<u8>, FormatError> {
     let mut stored = stored.to_vec();
     let compressed: &[u8] = match keyring.drill_cipher(&envelope.salt) {
-        Some(cipher) => cipher
-            .open(&frame_nonce(number), &envelope.associated_data(), &mut stored)
-            .ok_or(FormatError::Seal)?,
+        Some(cipher) => {
+            cipher.open(&frame_nonce(number), &envelope.associated_data(), &mut stored).ok_or(FormatError::Seal)?
+        }
         None => &stored,
     };
     let wrong = FormatError::Length { part: "a part of the drill" };

@@ -125,6 +125,11 @@ impl MachineFiles {
         }
     }
 
+    /// What the firmware of a machine that is thrown away writes, beside the console.
+    pub fn firmware_log(&self) -> PathBuf {
+        self.console.with_file_name("firmware.log")
+    }
+
     /// The second QMP socket, which only this crate uses: a QMP socket serves one client, and the first is for others.
     pub fn control(&self) -> PathBuf {
         let mut path = self.qmp.clone().into_os_string();

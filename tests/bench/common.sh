@@ -57,6 +57,9 @@ clean_up() {
         end_recoveries "$(dirname "$lock")"
     done
     stop_peer_machine
+    # What is mounted there must not be emptied, nor keep the folder busy.
+    if mountpoint -q "$place/slow"; then umount -l "$place/slow" || return; fi
+    if mountpoint -q "$place/slow-fuse"; then fusermount3 -uz "$place/slow-fuse" || return; fi
     rm -rf "$place" "$sockets"
 }
 

@@ -126,6 +126,13 @@ impl Capacity {
         Ok(warnings)
     }
 
+    /// A refusal as it is told of a drill, which has no queue and no `--force`.
+    pub fn explain_drill(&self, name: &str, refusal: Refusal) -> Problem {
+        let told = self.explain(name, refusal);
+        let title = told.title.replacen(&format!("recovery {name}"), &format!("the {name}"), 1);
+        Problem { title, hint: None, ..told }.hint("make room there, or give the guest less with --memory")
+    }
+
     /// A refusal as it is told.
     pub fn explain(&self, name: &str, refusal: Refusal) -> Problem {
         let title = format!("recovery {name} is not started");

@@ -75,6 +75,31 @@ impl Admission {
         }
     }
 
+    /// Lets `name` in if there is room that nobody waits for; `None` if there is not at present. It takes no place in the
+    /// queue: others come first.
+    pub fn offer(
+        self: &Arc<Self>,
+        name: &str,
+        ask: Ask,
+        capacity: impl Fn(Vec<Holder>, Vec<Holder>) -> Result<Capacity, Problem>,
+    ) -> Result<Option<Grant>, Problem> {
+        let holder = Holder { name: name.to_owned(), ask, resident: 0 };
+        let mut ledger = self.lock();
+        let waiting: Vec<Holder> = ledger.waiting.values().cloned().collect();
+        let before = waiting.len();
+        let capacity = capacity(ledger.granted.values().cloned().collect(), waiting)?;
+        match capacity.decide(name, ask, before) {
+            Ok(warnings) => {
+                ledger.next += 1;
+                let number = ledger.next;
+                ledger.granted.insert(number, holder);
+                Ok(Some(Grant { number, admission: self.clone(), warnings }))
+            }
+            Err(refusal) if refusal.passes() => Ok(None),
+            Err(refusal) => Err(capacity.explain_drill(name, refusal)),
+        }
+    }
+
     /// The decision and its entry in the ledger are one step: two askers are not let in for the same memory.
     fn try_once(
         &self,

@@ -4,6 +4,7 @@
 //! A new operation is a handler and one row in `rows`, or in `rows` of a module for a family of them; [`table`] says
 //! what a row declares.
 
+mod drills;
 mod events;
 mod extract;
 mod files;
@@ -82,7 +83,7 @@ fn rows(app: &App) -> Vec<Row<Arc<App>>> {
         Row::post("/api/v1/recoveries/{name}/commit", OPERATOR, Reach::Recovery, commit),
     ];
     let jobs = job_rows().into_iter().map(|row| row.with_state(app.jobs.clone()));
-    let families = [keys::rows(), files::rows(), retention::rows(), tokens::rows()];
+    let families = [drills::rows(), keys::rows(), files::rows(), retention::rows(), tokens::rows()];
     own.into_iter().chain(jobs).chain(families.into_iter().flatten()).collect()
 }
 
@@ -291,7 +292,11 @@ async fn recover(
     .await?;
     // An asker who goes away no longer waits for memory.
     let grant = app.recoveries.admit(&point, &prepared, query.admission).await?;
-    let work = tokio::spawn(async move { app.recoveries.start(&point, prepared, grant).await });
+    let warmed = app.clone();
+    let work = tokio::spawn(async move {
+        crate::drill::warm(&warmed, &point);
+        app.recoveries.start(&point, prepared, grant).await
+    });
     let view = work.await.map_err(|error| Problem::failed("the recovery ended badly", &error))??;
     Ok((StatusCode::CREATED, Json(view)).into_response())
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockstore::error::ReadError;
-use blockstore::{Consistency, Protected, RecoveryPoint, RecoveryPointId, Repository};
+use blockstore::{Consistency, DrillId, Protected, RecoveryPoint, RecoveryPointId, Repository};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
@@ -188,13 +188,14 @@ fn time_of(point: &RecoveryPoint) -> DateTime<Utc> {
 pub struct Catalog {
     path: PathBuf,
     points: sled::Tree,
+    drills: sled::Tree,
 }
 
 impl Catalog {
     /// Opens the catalog in folder `path`, and begins an empty one where there is none or it is damaged.
     pub fn open(path: &Path) -> Result<Catalog, Problem> {
         match open_patiently(path) {
-            Ok(points) => Ok(Catalog { path: path.to_owned(), points }),
+            Ok((points, drills)) => Ok(Catalog { path: path.to_owned(), points, drills }),
             Err(error) => {
                 let aside = set_aside(path)
                     .map_err(|error| Problem::failed(format!("cannot set aside catalog {}", path.display()), &error))?;
@@ -202,9 +203,9 @@ impl Catalog {
                     catalog = %path.display(), set_aside = %aside.display(), %error,
                     "the catalog is damaged; it is set aside and built anew from the repository"
                 );
-                let points = open_tree(path)
+                let (points, drills) = open_trees(path)
                     .map_err(|error| Problem::failed(format!("cannot make catalog {}", path.display()), &error))?;
-                Ok(Catalog { path: path.to_owned(), points })
+                Ok(Catalog { path: path.to_owned(), points, drills })
             }
         }
     }
@@ -219,6 +220,12 @@ impl Catalog {
             tracing::error!(error = %crate::problem::chain(&error), "cannot read what protects recovery points");
             HashMap::new()
         });
+        // Only for show, too.
+        let drills = repository.drills().unwrap_or_else(|error| {
+            tracing::error!(error = %crate::problem::chain(&error), "cannot list drills");
+            Vec::new()
+        });
+        let drills = newest_first(drills);
         let now = crate::forget::now();
         let mut listing = Listing { points: Vec::with_capacity(ids.len()), damaged: Vec::new() };
         let mut known = HashSet::with_capacity(ids.len());
@@ -226,7 +233,10 @@ impl Catalog {
             known.insert(id);
             let protected = protections.get(&id).filter(|protected| protected.holds_at(now));
             match self.load(repository, id) {
-                Ok(point) => listing.points.push(point.with_protection(protected)),
+                Ok(point) => {
+                    let drill = drills.get(&id).and_then(|drills| self.newest_drill(repository, drills));
+                    listing.points.push(PointSummary { drill, ..point.with_protection(protected) });
+                }
                 Err(ReadError::NoSuchPoint { .. }) => {} // forgotten since the listing
                 Err(error) => listing.damaged.push(DamagedPoint {
                     id: id.to_string(),
@@ -243,7 +253,8 @@ impl Catalog {
                 }),
             }
         }
-        self.forget_others(&known);
+        forget_others(&self.points, &known.iter().map(ToString::to_string).collect());
+        forget_others(&self.drills, &drills.values().flatten().map(ToString::to_string).collect());
         listing.points.sort_by(|a, b| (a.time, &a.id).cmp(&(b.time, &b.id)));
         listing.damaged.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(listing)
@@ -270,37 +281,71 @@ impl Catalog {
         }
     }
 
-    fn forget_others(&self, known: &HashSet<RecoveryPointId>) {
-        let known: HashSet<String> = known.iter().map(ToString::to_string).collect();
-        let gone = |key: &sled::IVec| std::str::from_utf8(key).map_or(true, |id| !known.contains(id));
-        for key in self.points.iter().keys().flatten().filter(gone) {
-            // What cannot be removed is looked up and left out again next time.
-            let _ = self.points.remove(key);
+    /// The summary of a drill.
+    pub fn drill(&self, repository: &Repository, id: DrillId) -> Result<serde_json::Value, ReadError> {
+        let name = id.to_string();
+        let cached = self.drills.get(&name).ok().flatten();
+        if let Some(summary) = cached.and_then(|value| serde_json::from_slice(&value).ok()) {
+            return Ok(summary);
         }
+        let summary = repository.drill_summary(id)?;
+        if let Err(error) = self.drills.insert(name, summary.to_string().into_bytes()) {
+            tracing::warn!(catalog = %self.path.display(), %error, "cannot keep a drill in the catalog");
+        }
+        Ok(summary)
+    }
+
+    /// What the newest drill that can be read found, in short.
+    fn newest_drill(&self, repository: &Repository, drills: &[DrillId]) -> Option<serde_json::Value> {
+        let (id, summary) = drills.iter().find_map(|id| Some((id, self.drill(repository, *id).ok()?)))?;
+        let mut short = serde_json::json!({ "id": id.to_string() });
+        for key in ["result", "time", "stage", "rto_ms", "reason"] {
+            short[key] = summary.get(key).cloned().unwrap_or_default();
+        }
+        Some(short)
+    }
+}
+
+/// Drills by their points, the newest of each first.
+fn newest_first(drills: Vec<DrillId>) -> HashMap<RecoveryPointId, Vec<DrillId>> {
+    let mut by_point: HashMap<RecoveryPointId, Vec<DrillId>> = HashMap::new();
+    for id in drills {
+        by_point.entry(id.point).or_default().push(id);
+    }
+    by_point.values_mut().for_each(|drills| drills.sort_unstable_by_key(|id| std::cmp::Reverse(id.time_unix_ms)));
+    by_point
+}
+
+/// Removes what is not `known` any more.
+fn forget_others(tree: &sled::Tree, known: &HashSet<String>) {
+    let gone = |key: &sled::IVec| std::str::from_utf8(key).map_or(true, |id| !known.contains(id));
+    for key in tree.iter().keys().flatten().filter(gone) {
+        // What cannot be removed is looked up and left out again next time.
+        let _ = tree.remove(key);
     }
 }
 
 /// A process that has just ended may hold sled's own lock for a moment longer.
-fn open_patiently(path: &Path) -> Result<sled::Tree, sled::Error> {
+fn open_patiently(path: &Path) -> Result<(sled::Tree, sled::Tree), sled::Error> {
     const TRIES: u32 = 40;
     for _ in 1..TRIES {
-        match open_tree(path) {
+        match open_trees(path) {
             Err(sled::Error::Io(_)) => std::thread::sleep(Duration::from_millis(50)),
             opened => return opened,
         }
     }
-    open_tree(path)
+    open_trees(path)
 }
 
 /// sled panics on some kinds of damage and reports others; both count.
-fn open_tree(path: &Path) -> Result<sled::Tree, sled::Error> {
+fn open_trees(path: &Path) -> Result<(sled::Tree, sled::Tree), sled::Error> {
     let open = || {
         let db = sled::Config::new().path(path).cache_capacity(CACHE_BYTES).mode(sled::Mode::LowSpace).open()?;
-        let tree = db.open_tree("points")?;
-        for item in tree.iter() {
+        let (points, drills) = (db.open_tree("points")?, db.open_tree("drills")?);
+        for item in points.iter().chain(drills.iter()) {
             item?;
         }
-        Ok(tree)
+        Ok((points, drills))
     };
     std::panic::catch_unwind(open).unwrap_or_else(|_| Err(sled::Error::Corruption { at: None, bt: () }))
 }

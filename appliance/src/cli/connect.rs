@@ -200,6 +200,8 @@ fn describe(command: &Command) -> String {
         Command::Commit(args) => format!("commit {}", args.name),
         Command::Discard(args) => format!("discard {}", args.name),
         Command::Token(_) => "token".to_owned(),
+        Command::Drill(args) => format!("drill {}", args.points.first().map_or("", String::as_str)),
+        Command::Drills(_) => "drills".to_owned(),
         Command::Serve(_) => "serve".to_owned(),
         Command::Tls(_) => "tls".to_owned(),
     }

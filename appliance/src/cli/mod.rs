@@ -6,6 +6,7 @@ mod client;
 mod collect;
 mod connect;
 mod cp;
+mod drill;
 mod export;
 mod extract;
 mod files;
@@ -173,6 +174,8 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Rehydrate(args) => rehydrate::run(door, global, args).await,
         Command::Cutover(args) => rehydrate::cut_over(door, global, args).await,
         Command::Commit(args) => backup::commit(door, global, args).await,
+        Command::Drill(args) => drill::run(door, global, args).await,
+        Command::Drills(args) => drill::list(door, global, args).await,
         Command::Discard(args) => recover::discard(door, global, args).await,
         Command::Init(_) | Command::Serve(_) | Command::Tls(_) => Ok(()),
     }

@@ -27,7 +27,11 @@ pub async fn list(door: &Door, global: &Global, args: &Points) -> Result<(), Pro
         ListedPoint::Damaged(point) => damaged_row(point),
     };
     let rows: Vec<Vec<String>> = points.iter().map(row).collect();
-    render::table(&["POINT", "MACHINE", "TIME", "DISKS", "SIZE", "STORED", "PROTECTED", "LABELS"], &rows, &[3, 4, 5]);
+    render::table(
+        &["POINT", "MACHINE", "TIME", "DISKS", "SIZE", "STORED", "PROTECTED", "DRILL", "LABELS"],
+        &rows,
+        &[3, 4, 5],
+    );
     for point in &points {
         if let ListedPoint::Damaged(point) = point {
             render::line(&format!("DAMAGED {}: {}", short_id(&point.id), point.damaged));
@@ -38,7 +42,7 @@ pub async fn list(door: &Door, global: &Global, args: &Points) -> Result<(), Pro
 
 fn damaged_row(point: &DamagedPoint) -> Vec<String> {
     let protected = if point.protected { "yes" } else { "" };
-    [short_id(&point.id), "DAMAGED", "-", "-", "-", "-", protected, ""].map(str::to_owned).to_vec()
+    [short_id(&point.id), "DAMAGED", "-", "-", "-", "-", protected, "", ""].map(str::to_owned).to_vec()
 }
 
 fn protected(point: &PointSummary) -> String {
@@ -59,8 +63,28 @@ fn row(point: &PointSummary) -> Vec<String> {
         render::bytes(point.size),
         render::bytes(point.stored),
         protected(point),
+        drilled(point, "result"),
         labels(point),
     ]
+}
+
+/// A field of the newest drill; empty without one.
+fn drilled(point: &PointSummary, field: &str) -> String {
+    let drill = point.drill.as_ref().and_then(|drill| drill.get(field)?.as_str());
+    drill.unwrap_or_default().to_owned()
+}
+
+/// The newest drill in words.
+fn drill_line(point: &PointSummary) -> String {
+    let Some(drill) = &point.drill else { return "none".to_owned() };
+    let time = drill.get("time").and_then(|time| serde_json::from_value(time.clone()).ok()).map(render::time);
+    let rto = drill.get("rto_ms").and_then(serde_json::Value::as_u64);
+    let how = match (rto, drilled(point, "reason")) {
+        (Some(_), _) => format!(", ready after {}", render::millis(rto)),
+        (None, why) if !why.is_empty() => format!(" at stage {}: {why}", drilled(point, "stage")),
+        (None, _) => String::new(),
+    };
+    format!("{} {}{how}", drilled(point, "result"), time.unwrap_or_default())
 }
 
 fn labels(point: &PointSummary) -> String {
@@ -89,6 +113,7 @@ pub async fn show(door: &Door, global: &Global, args: &ShowPoint) -> Result<(), 
         ("labels", labels(summary)),
         ("hardware", point.machine_in_words.clone()),
         ("protected", if summary.protected { protected(summary) } else { "no".to_owned() }),
+        ("drill", drill_line(summary)),
         ("read", render::bytes(point.read)),
         ("new", render::bytes(point.new)),
         ("stored", render::bytes(summary.stored)),

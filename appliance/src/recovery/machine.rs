@@ -11,7 +11,6 @@ use hypervisor::{Accelerator, DiskSource, Display, Firmware, MachineDefinition, 
 
 use super::RecoverRequest;
 use super::firmware::{self, Boots};
-use super::one::{Definition, Recovery};
 use crate::catalog::DiskSummary;
 use crate::hardware::{self, Attached, Hardware, Variables, parse};
 use crate::problem::Problem;
@@ -57,13 +56,15 @@ fn display(word: &str, socket: &Path) -> Result<Display, Problem> {
     }
 }
 
-/// The machine definition of a recovery.
+/// The machine of `name`, whose files are in folder `dir`; `socket` tells where a socket lies.
 pub async fn define(
-    recovery: &Recovery,
-    definition: &Definition,
+    request: &RecoverRequest,
+    name: &str,
+    disks: &[DiskSummary],
     first_disk: Option<Arc<Overlay>>,
+    dir: &Path,
+    socket: impl Fn(&str) -> PathBuf,
 ) -> Result<MachineDefinition, Problem> {
-    let request = &definition.request;
     let firmware = match (request.hardware.is_uefi(), first_disk) {
         (Some(false), _) | (None, None) => Firmware::Bios,
         (None, Some(disk)) => tokio::task::spawn_blocking(move || look(&disk))
@@ -76,12 +77,11 @@ pub async fn define(
     let disk = |disk: &DiskSummary| {
         Ok(MachineDisk {
             name: disk.name.clone(),
-            source: DiskSource::Export { socket: recovery.socket("nbd.sock"), export: disk.name.clone() },
+            source: DiskSource::Export { socket: socket("nbd.sock"), export: disk.name.clone() },
             bus: request.hardware.bus_of(&disk.name)?,
         })
     };
-    let disks = definition.disks.iter().map(disk).collect::<Result<Vec<_>, Problem>>()?;
-    let files = files(recovery.dir(), |name| recovery.socket(name));
+    let disks = disks.iter().map(disk).collect::<Result<Vec<_>, Problem>>()?;
     Ok(MachineDefinition {
         memory_bytes: request.hardware.memory(),
         cpus: request.hardware.cpus(),
@@ -92,9 +92,9 @@ pub async fn define(
         network: parse(&request.network)?,
         card: request.hardware.card()?,
         mac_address: mac(request)?,
-        display: display(&request.display, &recovery.socket(VNC_SOCKET))?,
+        display: display(&request.display, &socket(VNC_SOCKET))?,
         accelerator: parse(&request.accel)?,
-        ..MachineDefinition::new(definition.name.clone(), files)
+        ..MachineDefinition::new(name, files(dir, socket))
     })
 }
 

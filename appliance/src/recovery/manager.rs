@@ -12,7 +12,7 @@ use super::moving::Order;
 use super::one::{Context, Definition, Recovery};
 use super::state::State;
 use super::{HypervisorKind, RecoverRequest, RecoveryView};
-use crate::admission::{self, Admission, Capacity, Grant, Holder, Terms};
+use crate::admission::{self, Admission, Ask, Capacity, Grant, Holder, Terms};
 use crate::catalog::PointSummary;
 use crate::disks;
 use crate::hardware::Hardware;
@@ -35,6 +35,13 @@ pub struct Recoveries {
 pub struct Prepared {
     request: RecoverRequest,
     warnings: Vec<String>,
+}
+
+impl Prepared {
+    /// The request, and what is odd about it.
+    pub fn into_parts(self) -> (RecoverRequest, Vec<String>) {
+        (self.request, self.warnings)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +116,11 @@ impl Recoveries {
         super::machine::check(request, &point.disks)?;
         self.refuse_known(&self.lock(), name)?;
         self.admission.admit(name, request.ask(), terms, |granted, waiting| self.add_up(granted, waiting)).await
+    }
+
+    /// Room on the host for a drill, if there is some that no recovery waits for; kept until the grant is dropped.
+    pub fn room_for_drill(&self, name: &str, ask: Ask) -> Result<Option<Grant>, Problem> {
+        self.admission.offer(name, ask, |granted, waiting| self.add_up(granted, waiting))
     }
 
     fn refuse_known(&self, known: &Known, name: &str) -> Result<(), Problem> {

@@ -24,6 +24,10 @@ use crate::rehydrate::Mode;
 use crate::statistics::Served;
 
 pub use commit::{Commit, CommitRequest};
+pub(crate) use machine::{
+    check as check_machine, define as define_machine, files as machine_files, keep_variables,
+    sockets as machine_sockets,
+};
 pub use manager::Recoveries;
 pub use moving::Order;
 pub use one::Context;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use hypervisor::{Hypervisor, Machine, QemuHypervisor};
 
 use super::HypervisorKind;
-use super::one::{Driver, Recovery};
+use super::one::{Definition, Driver, Recovery};
 use super::record::Record;
 use super::state::State;
 use crate::problem::Problem;
@@ -21,7 +21,9 @@ impl Recovery {
         }
         let first = self.lock().disks.first().and_then(|disk| disk.overlay());
         let overlay = first.map(|export| export.overlay.clone());
-        let machine = super::machine::define(self, &self.definition, overlay).await?;
+        let Definition { request, name, disks, .. } = &self.definition;
+        let machine =
+            super::machine::define(request, name, disks, overlay, self.dir(), |name| self.socket(name)).await?;
         self.note_machine(driver, &machine)?;
         let vm = QemuHypervisor.start(&machine).await.map_err(|error| {
             Problem::failed(format!("cannot start the VM of recovery {}", self.definition.name), &error)

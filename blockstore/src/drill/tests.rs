@@ -22,7 +22,10 @@ fn with_points(folder: &SimFolder, count: u64) -> Vec<RecoveryPoint> {
 fn record(number: u64) -> DrillRecord {
     let trace = BootTrace { disks: vec![TracedDisk { disk: "disk0".into(), chunks: vec![2, 0, 1] }] };
     let console = format!("booted {number}\n").repeat(100).into_bytes();
-    DrillRecord { summary: json!({ "number": number }), attached: Attachments { console, screenshot: vec![9; 99], trace } }
+    DrillRecord {
+        summary: json!({ "number": number }),
+        attached: Attachments { console, screenshot: vec![9; 99], trace },
+    }
 }
 
 fn sorted(repository: &Repository) -> Vec<DrillId> {
@@ -98,7 +101,8 @@ fn an_encrypted_repository_seals_its_drills() {
     assert_eq!(envelope.encryption, Encryption::Aes256Gcm);
     // Without its seal it is refused, good checksums or not.
     let (config, plain) = (repository.fetcher().config, Keyring::plain());
-    let forged = record(8).seal(id, [0; 32], &Config { encryption: Encryption::None, ..config }, &plain).expect("plain");
+    let forged =
+        record(8).seal(id, [0; 32], &Config { encryption: Encryption::None, ..config }, &plain).expect("plain");
     repository.storage().put(&Object::Drill(id), &forged).expect("writes");
     assert!(repository.drill(id).is_err() && repository.drill_summary(id).is_err());
 }
@@ -109,7 +113,8 @@ fn a_result_that_is_too_large_is_refused_and_not_written() {
     let points = with_points(&folder, 1);
     let repository = open_repository(&folder);
     let large = |console: usize, screenshot: usize| {
-        let attached = Attachments { console: vec![1; console], screenshot: vec![2; screenshot], ..Attachments::default() };
+        let attached =
+            Attachments { console: vec![1; console], screenshot: vec![2; screenshot], ..Attachments::default() };
         repository.keep_drill(points[0].id, 1, &DrillRecord { attached, ..record(1) })
     };
     assert!(matches!(large(MAX_CONSOLE_LEN + 1, 0), Err(KeepError::Format(_))));

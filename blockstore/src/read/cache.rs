@@ -1,6 +1,7 @@
 //! The chunk cache (shared by all disks of a repository, bounded in bytes, one fetch per missing chunk) and the cache
 //! of manifest nodes.
 
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -44,6 +45,11 @@ impl ChunkCache {
     pub fn new(bytes: u64, chunk_size: u64) -> ChunkCache {
         let items = usize::try_from(bytes / chunk_size).unwrap_or(usize::MAX).clamp(16, 1 << 24);
         ChunkCache { chunks: Cache::with(items, bytes, ByBytes, IdHash::default(), Default::default()) }
+    }
+
+    /// How many bytes there is room for.
+    pub fn capacity(&self) -> u64 {
+        self.chunks.capacity()
     }
 
     /// Whether reading ahead makes sense: what is read must still be there when it is wanted.
@@ -98,12 +104,19 @@ impl ChunkCache {
     }
 }
 
-/// A node by its place in an open disk's tree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// A node by its place in the tree of a root: disks that are the same share their nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NodeKey {
-    pub disk: u64,
+    pub root: ChunkId,
     pub level: u8,
     pub index: u64,
+}
+
+impl Hash for NodeKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Of the root, a hash already, a part is enough; all of it is compared.
+        (self.root.prefix(), self.level, self.index).hash(state);
+    }
 }
 
 /// Decoded manifest nodes.

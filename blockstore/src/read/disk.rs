@@ -60,6 +60,20 @@ impl PointDisk {
         self.core.chunk_size
     }
 
+    /// Brings chunks into the cache, by their numbers, as few reads as their places allow; those that are there already,
+    /// hold zeroes or lie beyond the end are passed over. Returns how many were missing. Blocks.
+    pub fn prefetch(&self, chunks: &[u64]) -> Result<usize, ReadError> {
+        let mut sorted = chunks.to_vec();
+        sorted.sort_unstable();
+        sorted.dedup();
+        let missing = self.core.missing(sorted.into_iter())?;
+        let bytes = missing.len() as u64 * self.core.chunk_size;
+        if self.shared.cache.holds(bytes) {
+            self.shared.cache.get_or_fetch(&missing, &self.shared.fetcher, &mut Vec::new())?;
+        }
+        Ok(missing.len())
+    }
+
     /// Number of chunks.
     pub(crate) fn chunks(&self) -> u64 {
         self.core.manifest.shape().chunks
@@ -116,16 +130,21 @@ impl PointDisk {
 }
 
 impl Core {
-    /// Brings chunks into the cache. Errors are left to whoever reads them.
-    fn prefetch(&self, range: Range<u64>) {
+    /// The chunks of some numbers that hold data and are not in the cache.
+    fn missing(&self, chunks: impl Iterator<Item = u64>) -> Result<Vec<ChunkId>, ReadError> {
         let mut missing: Vec<ChunkId> = Vec::new();
-        for chunk in range {
-            let Ok(leaf) = self.manifest.leaf(chunk / FAN_OUT) else { return };
-            let id = leaf.child(chunk);
+        for chunk in chunks {
+            let id = self.manifest.leaf(chunk / FAN_OUT)?.child(chunk);
             if !id.is_zero() && !self.shared.cache.contains(&id) {
                 missing.push(id);
             }
         }
+        Ok(missing)
+    }
+
+    /// Brings chunks into the cache. Errors are left to whoever reads them.
+    fn prefetch(&self, range: Range<u64>) {
+        let Ok(missing) = self.missing(range) else { return };
         let _ = self.shared.cache.get_or_fetch(&missing, &self.shared.fetcher, &mut Vec::new());
     }
 }

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::ReadShared;
 use super::cache::NodeKey;
@@ -15,7 +14,6 @@ use crate::point::PointedDisk;
 #[derive(Debug)]
 pub(crate) struct ManifestReader {
     shared: Arc<ReadShared>,
-    disk: u64,
     root: ChunkId,
     shape: Shape,
 }
@@ -24,8 +22,7 @@ impl ManifestReader {
     pub fn new(shared: Arc<ReadShared>, disk: &PointedDisk) -> Result<ManifestReader, ReadError> {
         let shape = Shape::of(disk.size, disk.chunk_size);
         let shape = shape.ok_or(ReadError::OutOfRange { offset: 0, length: disk.size })?;
-        let number = shared.disks.fetch_add(1, Ordering::Relaxed);
-        Ok(ManifestReader { shared, disk: number, root: disk.root, shape })
+        Ok(ManifestReader { shared, root: disk.root, shape })
     }
 
     pub fn shape(&self) -> Shape {
@@ -45,7 +42,7 @@ impl ManifestReader {
         if self.root.is_zero() {
             return Some(Node::ZERO);
         }
-        self.shared.nodes.get(&NodeKey { disk: self.disk, level: 0, index: leaf })
+        self.shared.nodes.get(&NodeKey { root: self.root, level: 0, index: leaf })
     }
 
     /// A subtree that is zero spans this many leaves from `leaf`, at least; 0 if the leaf holds data.
@@ -86,7 +83,7 @@ impl ManifestReader {
     }
 
     fn node(&self, level: u8, index: u64) -> Result<Node, ReadError> {
-        let key = NodeKey { disk: self.disk, level, index };
+        let key = NodeKey { root: self.root, level, index };
         self.shared.nodes.get_or_load(key, || {
             let id = if level + 1 == self.shape.levels {
                 self.root

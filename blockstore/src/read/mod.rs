@@ -15,7 +15,6 @@ pub(crate) use locality::locality;
 pub(crate) use manifest::ManifestReader;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use crate::pack::fetch::Fetcher;
 use ahead::Pool;
@@ -28,8 +27,6 @@ pub(crate) struct ReadShared {
     pub cache: ChunkCache,
     nodes: NodeCache,
     pool: Pool,
-    /// Numbers disks, to tell their nodes apart in the cache.
-    disks: AtomicU64,
 }
 
 impl ReadShared {
@@ -41,7 +38,6 @@ impl ReadShared {
             cache: ChunkCache::new(cache_bytes, chunk_size),
             nodes: NodeCache::new(cache_bytes),
             pool: Pool::default(),
-            disks: AtomicU64::new(0),
         }
     }
 }

@@ -269,3 +269,33 @@ impl crate::Source for Huge {
         Ok(4 << 40)
     }
 }
+
+#[test]
+fn what_was_fetched_ahead_is_read_without_the_storage_by_every_disk_that_is_the_same() {
+    let folder = SimFolder::new(1);
+    let bytes = mixed_disk(5, 40 * CHUNK as usize + 99);
+    let (point, _) = back_up(&new_repository(&folder), &bytes, None).expect("backs up");
+    let (storage, repository) = counted(&folder, 8 << 20, Duration::ZERO);
+    let chunks: Vec<u64> = [39, 3, 4, 2, 3, 40, 5, 1 << 40].into();
+    let ahead = repository.open_disk(&point, "disk0").expect("opens");
+    assert!(ahead.prefetch(&chunks).expect("fetches") > 0);
+    assert_eq!(ahead.prefetch(&chunks).expect("is there"), 0);
+    let before = storage.reads.load(Ordering::Relaxed);
+    let disk = repository.open_disk(&point, "disk0").expect("opens");
+    for chunk in chunks.iter().filter(|chunk| **chunk <= 40) {
+        let offset = chunk * u64::from(CHUNK);
+        let length = u64::from(CHUNK).min(disk.size() - offset);
+        let mut segments = Vec::new();
+        assert!(disk.read_resident(offset, length, &mut segments), "chunk {chunk}");
+        let at = offset as usize;
+        assert_eq!(joined(&segments), bytes[at..at + length as usize], "chunk {chunk}");
+    }
+    assert_eq!(storage.reads.load(Ordering::Relaxed), before);
+    // A cache that has no room for it is left alone.
+    let (storage, repository) = counted(&folder, 0, Duration::ZERO);
+    let disk = repository.open_disk(&point, "disk0").expect("opens");
+    disk.prefetch(&[1, 2, 3]).expect("nothing fails");
+    let before = storage.reads.load(Ordering::Relaxed);
+    disk.prefetch(&[1, 2, 3]).expect("nothing fails");
+    assert_eq!(storage.reads.load(Ordering::Relaxed), before);
+}

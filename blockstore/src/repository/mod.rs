@@ -103,6 +103,11 @@ impl Repository {
         self.fetcher().config.chunk_size
     }
 
+    /// Memory in bytes for decoded chunks.
+    pub fn cache_bytes(&self) -> u64 {
+        self.shared.cache.capacity()
+    }
+
     /// Whether chunks and recovery points are sealed.
     pub fn encrypted(&self) -> bool {
         self.fetcher().config.encryption == Encryption::Aes256Gcm

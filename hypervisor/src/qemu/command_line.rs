@@ -99,6 +99,13 @@ pub fn arguments(machine: &MachineDefinition, launch: &Launch) -> Vec<OsString> 
         line.add("-d", "strace");
         line.add("-D", text(&machine.files.log));
     }
+    if launch.lifetime == Lifetime::Attached {
+        // Where SeaBIOS says what it does; and a guest that powers itself off leaves its screen to be looked at.
+        let path = escape(&text(&machine.files.firmware_log()));
+        line.add("-chardev", format!("file,id=firmware0,path={path}"));
+        line.add("-device", "isa-debugcon,iobase=0x402,chardev=firmware0");
+        line.flags(&["-no-shutdown"]);
+    }
     line.add("-pidfile", text(&machine.files.pid));
     if launch.lifetime == Lifetime::Detached {
         line.flags(&["-daemonize"]);
@@ -339,6 +346,7 @@ mod tests {
     fn an_attached_machine_stays_in_the_foreground_and_starts_nothing() {
         let text = line(&machine(&[]), &Launch { lifetime: Lifetime::Attached, ..TCG });
         assert!(text.contains("resourcecontrol=deny,spawn=deny,elevateprivileges=deny\n"), "{text}");
+        assert!(text.contains("\n-chardev file,id=firmware0,path=/run/lb/web,,01/firmware.log\n"), "{text}");
         assert!(text.ends_with("-pidfile /run/lb/web,01/qemu.pid"), "{text}");
     }
 

@@ -39,6 +39,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "quarantine", run: upkeep::quarantine, seeds: upkeep::quarantine_seeds },
     Target { name: "liveness", run: upkeep::liveness, seeds: upkeep::liveness_seeds },
     Target { name: "protection", run: upkeep::protection, seeds: upkeep::protection_seeds },
+    Target { name: "drill", run: upkeep::drill, seeds: upkeep::drill_seeds },
     Target { name: "verified", run: upkeep::verified, seeds: upkeep::verified_seeds },
     Target { name: "overlay", run: overlay::run, seeds: overlay::seeds },
     Target { name: "recovery-journal", run: recovery::journal, seeds: recovery::journal_seeds },

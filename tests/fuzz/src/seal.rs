@@ -66,6 +66,16 @@ pub fn note(bytes: &mut [u8]) {
     crc(bytes, 0..60, 60);
 }
 
+/// A drill: checksums of its two parts, as long as the header says the first is, and the header's.
+pub fn drill(bytes: &mut [u8]) {
+    let length = bytes.len();
+    let middle = (number(bytes, 112) as usize).saturating_add(160).min(length);
+    put(bytes, 116, &u32::try_from(length - middle.max(160).min(length)).unwrap_or(u32::MAX).to_le_bytes());
+    crc(bytes, 160.min(length)..middle.max(160.min(length)), 120);
+    crc(bytes, middle..length, 124);
+    crc(bytes, 0..156, 156);
+}
+
 /// An overlay's journal: its header, and every batch up to one whose length makes no sense. With `order`, each batch also
 /// gets the number and the predecessor that its place asks for.
 pub fn journal(bytes: &mut [u8], order: bool) {

@@ -1,15 +1,19 @@
-//! What stands beside the data: leases, the quarantine, what the last collect knew, protections, lists of verified packs.
+//! What stands beside the data: leases, the quarantine, what the last collect knew, protections, lists of verified packs,
+//! drills.
 //!
 //! Each input takes its object's place in a repository that is otherwise whole, as it is and with good checksums. Then
 //! everything that reads such an object is done; whatever it says, the points that are listed stay readable.
 
 use std::sync::OnceLock;
 
+use blockstore::drill::{Attachments, BootTrace, DrillRecord, TracedDisk};
 use blockstore::format::protection::{PROTECTION_LEN, StoredProtection};
-use blockstore::format::{note, verified};
+use blockstore::format::{drill as stored, note, verified};
 use blockstore::lease::Verdict;
 use blockstore::sim::SimFolder;
-use blockstore::{CollectOptions, DataCheck, LeaseKind, PackId, Progress, RecoveryPointId, Repository, VerifyOptions};
+use blockstore::{
+    CollectOptions, DataCheck, DrillId, LeaseKind, PackId, Progress, RecoveryPointId, Repository, VerifyOptions,
+};
 use serde_json::{Value, json};
 
 use crate::objects::{REPOSITORY, open, storage, write};
@@ -184,4 +188,67 @@ pub(crate) fn verified_seeds() -> Vec<Vec<u8>> {
     packs.sort_unstable();
     let entries: Vec<(PackId, u64)> = packs.into_iter().map(|pack| (pack, 1_700_000_000)).collect();
     vec![verified::encode(REPOSITORY, &entries), verified::encode(REPOSITORY, &[])]
+}
+
+/// The first byte says what the rest is: the object, or what is attached.
+pub(crate) fn drill(data: &[u8]) {
+    let Some((kind, rest)) = data.split_first() else { return };
+    if let Ok(attached) = Attachments::decode(rest) {
+        assert_eq!(Attachments::decode(&attached.encode()), Ok(attached));
+    }
+    let Some(point) = names("points").first().and_then(|name| name.parse().ok()) else { panic!("there is a point") };
+    let id = DrillId { point, time_unix_ms: 0x19a };
+    let envelope = |text: &[u8], rest: &[u8]| {
+        let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        let encryption = blockstore::format::Encryption::None;
+        let envelope = stored::Envelope {
+            encryption,
+            repository: REPOSITORY,
+            id,
+            salt: [1; 32],
+            text_len: len(text),
+            rest_len: len(rest),
+        };
+        let store = |plain| zstd::bulk::compress(plain, 1).unwrap_or_default();
+        envelope.encode(&store(text), &store(rest))
+    };
+    let mut bytes = match kind % 3 {
+        0 => rest.to_vec(),
+        1 => envelope(b"{}", rest),
+        _ => envelope(rest, &Attachments::default().encode()),
+    };
+    seal::drill(&mut bytes);
+    let (folder, repository) = put(&format!("drills/{id}"), &bytes);
+    assert_eq!(repository.drills().ok(), Some(vec![id]));
+    let (summary, whole) = (repository.drill_summary(id), repository.drill(id));
+    assert!(whole.is_err() || summary.is_ok(), "whole, but without a summary");
+    let report = repository.verify(VerifyOptions::default(), &Progress::new());
+    let report = report.unwrap_or_else(|error| panic!("it cannot be verified: {error}"));
+    assert_eq!(report.is_ok(), whole.is_ok(), "{whole:?}");
+    // A newer one takes the place of one that is damaged, and every point stays readable.
+    let record = DrillRecord { summary: json!({}), attached: Attachments::default() };
+    repository.keep_drill(point, 0x19b, &record).unwrap_or_else(|error| panic!("no drill can be kept: {error}"));
+    assert!(repository.drills().is_ok_and(|drills| (1..=2).contains(&drills.len())));
+    collect(&folder, &repository);
+}
+
+pub(crate) fn drill_seeds() -> Vec<Vec<u8>> {
+    let trace = BootTrace { disks: vec![TracedDisk { disk: "disk0".into(), chunks: vec![7, 3, 1 << 30, 4] }] };
+    let attached = Attachments { console: b"login: ".to_vec(), screenshot: b"\x89PNG".to_vec(), trace };
+    let object = {
+        let folder = repository();
+        let repository = open(&folder).unwrap_or_else(|error| panic!("it does not open: {error}"));
+        let Some(point) = names("points").first().and_then(|name| name.parse().ok()) else {
+            panic!("there is a point")
+        };
+        let record = DrillRecord { summary: json!({ "result": "passed" }), attached: attached.clone() };
+        repository.keep_drill(point, 0x19a, &record).unwrap_or_else(|error| panic!("no drill can be kept: {error}"));
+        files(&folder).into_iter().find(|(path, _)| path.starts_with("drills")).map(|(_, bytes)| bytes)
+    };
+    let tagged = |kind: u8, bytes: &[u8]| [&[kind], bytes].concat();
+    vec![
+        tagged(0, &object.unwrap_or_default()),
+        tagged(1, &attached.encode()),
+        tagged(2, br#"{"result": "failed", "stage": "kernel"}"#),
+    ]
 }

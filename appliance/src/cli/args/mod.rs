@@ -1,5 +1,6 @@
 //! What can be typed.
 
+mod drill;
 mod files;
 mod machine;
 mod points;
@@ -17,6 +18,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::app::Options;
 use crate::problem::Problem;
 
+pub use drill::{Drill, Drills};
 pub use files::{Cp, Find, Ls, Mount};
 pub use machine::MachineArgs;
 pub use points::{Backup, Forget, Init, Points, Protect, Restore, Show, ShowPoint};
@@ -163,6 +165,10 @@ pub enum Command {
     /// Make, list and revoke the tokens that let programs and people use the API over the network
     #[command(subcommand)]
     Token(Token),
+    /// Boot recovery points in isolation, and judge whether they come up
+    Drill(Drill),
+    /// List what drills found
+    Drills(Drills),
     /// Run as a service: take up recoveries, serve their disks and the API
     Serve(Serve),
 }
