@@ -292,7 +292,7 @@ fn fill(order: &Order, dir: &Path, table: &ExportTable, recorder: &Arc<Recorder>
 fn wrapper() -> Vec<OsString> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let there = |program: &str| std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
-    let tools: [&[&str]; 2] = [&["setpriv", "--pdeathsig", "KILL", "--"], &["nice", "-n", "10", "--"]];
+    let tools: [&[&str]; 2] = [&["setpriv", "--pdeathsig", "KILL", "--"], &["nice", "-n", "5", "--"]];
     let found = tools.iter().filter(|words| words.first().is_some_and(|program| there(program)));
     found.flat_map(|words| words.iter().map(OsString::from)).collect()
 }
