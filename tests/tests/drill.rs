@@ -41,7 +41,7 @@ fn a_good_guest_passes_every_kind_of_check_and_what_was_found_stays_with_its_poi
     let point = sandbox.json(&["backup", "web01", &counter.display().to_string()])["point"].clone();
     assert_eq!(sandbox.json(&["points"])[0]["drill"], Value::Null);
     let checks = ["--expect", "^LIFEBOAT-GUEST: seq 3$", "--agent", "--port", "80", "--screenshot"];
-    let command = ["--command", "cat /srv/http/index.html; exit 0", "--timeout", "240"];
+    let command = ["--command", "cat /srv/http/index.html; exit 0", "--timeout", "150"];
     let report = drill(&sandbox, 0, &[&["web01"], &checks[..], &command].concat());
     assert_eq!((&report["result"], &report["stage"], &report["point"]), (&"passed".into(), &"ready".into(), &point));
     let passed: Vec<&Value> = report["checks"].as_array().unwrap().iter().map(|check| &check["passed"]).collect();
@@ -132,7 +132,7 @@ fn damaged_guests_fail_at_their_stage_and_show_their_console_and_screen() {
         sandbox.ok(&["backup", machine, &disk]);
     }
     // All at once; none of them is waited for longer than it takes to know.
-    let machines = ["unbootable", "rootless", "empty", "--parallel", "3", "--timeout", "240"];
+    let machines = ["unbootable", "rootless", "empty", "--parallel", "3", "--timeout", "150"];
     let reports = drill(&sandbox, 1, &machines);
     let reports = reports.as_array().unwrap();
     let stages: Vec<&str> = reports.iter().map(|report| report["stage"].as_str().unwrap()).collect();

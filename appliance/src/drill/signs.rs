@@ -17,7 +17,7 @@ static GIVEN_UP: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
     let sign = |text, means| (expression(text), means);
     vec![
         sign(r"Kernel panic - not syncing|Unable to mount root fs", "the kernel panicked"),
-        sign(r"(?m)^grub rescue>|^(error: .*\n)+(.*\n)*grub>", "the boot loader stopped at its prompt"),
+        sign(r"(?m)^(grub rescue|grub)> *$", "the boot loader stopped at its prompt"),
         sign(r"No bootable device|No bootable option or device was found", "the firmware found nothing to boot"),
         sign(
             r"(?m)dracut-initqueue.*timeout|^\(initramfs\)|You are in emergency mode|Give root password for maintenance",
@@ -79,7 +79,7 @@ mod tests {
         );
         assert_eq!(means("No bootable device."), "the firmware found nothing to boot");
         assert_eq!(means("\n(initramfs) "), "the guest stopped in its emergency shell");
-        assert_eq!(means("GNU GRUB\nweb01 login: "), "nothing");
+        assert_eq!(means("GNU GRUB, type grub> for a prompt\nweb01 login: "), "nothing");
         assert!(asks_for_login("web01 login: ") && !asks_for_login("Last login: today"));
     }
 }
