@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use blockstore::disk::LocalFolder;
 use blockstore::{LocalStorage, Repository, Secret};
+use nbd_server::{Limits, Server};
 use tokio::net::UnixListener;
 
 use crate::access::Caller;
@@ -145,14 +146,17 @@ impl App {
         crate::drill::clean_up(&state)?;
         let catalog = Catalog::open(&state.catalog(&repository.id().to_string()))?;
         let repository = Arc::new(repository);
-        let context = crate::recovery::Context { repository: repository.clone(), state: state.clone() };
+        // All that is served shares one set of limits: whoever takes too much takes it from nobody else.
+        let server = Server::new(Arc::default(), Limits::default());
+        let context =
+            crate::recovery::Context { repository: repository.clone(), state: state.clone(), server: server.clone() };
         Ok(Arc::new(App {
             location,
             repository,
             jobs: Arc::default(),
             tokens: Arc::new(Tokens::open(state.tokens())),
             recoveries: Arc::new(Recoveries::new(context)),
-            exports: Arc::default(),
+            exports: Arc::new(Exports::new(server)),
             mounts: Arc::default(),
             state,
             catalog,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use blockstore::{RecoveryPoint, Repository};
-use nbd_server::{Access, ClientCertificates, ClientName, ExportTable, Limits, Listen, Server, TlsServer};
+use nbd_server::{Access, ClientCertificates, ClientName, ExportTable, Listen, Server, TlsServer};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -57,9 +57,8 @@ pub struct TlsRequest {
 }
 
 impl ExportRequest {
-    /// A server for `table`, as secure as was asked for.
-    fn server(&self, table: Arc<ExportTable>, listen: &Listen) -> Result<Server, Problem> {
-        let server = Server::new(table, Limits::default());
+    /// The server, as secure as was asked for.
+    fn server(&self, server: Server, listen: &Listen) -> Result<Server, Problem> {
         match (&self.tls, &self.insecure_tcp) {
             (Some(_), Some(_)) => {
                 Err(Problem::usage("an export with TLS is not insecure")
@@ -126,8 +125,9 @@ pub struct Served {
 }
 
 /// The exports of this process that belong to no recovery.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Exports {
+    server: Server,
     next: AtomicU64,
     running: Mutex<BTreeMap<u64, Running>>,
 }
@@ -161,6 +161,11 @@ impl Drop for Hold {
 }
 
 impl Exports {
+    /// None yet. Their servers share the limits of `server`.
+    pub fn new(server: Server) -> Exports {
+        Exports { server, next: AtomicU64::default(), running: Mutex::default() }
+    }
+
     /// Serves disks of `point` until the returned hold is dropped.
     pub async fn start(
         self: &Arc<Self>,
@@ -186,7 +191,7 @@ impl Exports {
         };
         let chosen = chosen(point, request.disk.as_deref())?;
         let table = Arc::new(ExportTable::new());
-        let (server, access) = (request.server(table.clone(), &listen)?, request.access(&chosen)?);
+        let (server, access) = (request.server(self.server.beside(table.clone()), &listen)?, request.access(&chosen)?);
         let (filled, reading, id_of_point) = (table.clone(), repository.clone(), point.id.clone());
         let lease = tokio::task::spawn_blocking(move || {
             let point = disks::load_point(&reading, &id_of_point)?;

@@ -32,7 +32,8 @@ pub struct Limits {
     /// Payload in flight on one connection, in bytes: replies not yet taken by the client count. At least one
     /// request of [`MAX_PAYLOAD`] always fits.
     pub bytes_per_connection: usize,
-    /// Payload in flight over all connections, in bytes, at least [`MAX_PAYLOAD`].
+    /// Payload in flight over all connections, in bytes, at least [`MAX_PAYLOAD`]. An export gets no more of it than it
+    /// leaves to others, so one alone has half.
     pub bytes: usize,
     /// Export operations that block at the same time, over all connections: threads. An export gets no more of them
     /// than it leaves to others, so one alone has half.

@@ -46,10 +46,22 @@ pub struct Listener {
     local: Listen,
 }
 
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("exports", &self.table).finish_non_exhaustive()
+    }
+}
+
 impl Server {
     /// A server for the exports of a table, which may change at any time.
     pub fn new(table: Arc<ExportTable>, limits: Limits) -> Server {
         Server { table, shared: Arc::new(Shared::new(limits)), tls: None, plain_tcp: PlainTcp::Loopback }
+    }
+
+    /// A server for another table that shares the limits of this one: what exports of one cost, those of the other do
+    /// without, each within its share. TLS and addresses are its own.
+    pub fn beside(&self, table: Arc<ExportTable>) -> Server {
+        Server { table, shared: Arc::clone(&self.shared), tls: None, plain_tcp: PlainTcp::Loopback }
     }
 
     /// Serves nothing without TLS, on any socket.

@@ -317,3 +317,32 @@ fn an_export_that_hangs_takes_nothing_from_others() {
         (0..50).for_each(|_| assert_eq!(raw.chunk(0).kind, 1));
     }
 }
+
+#[test]
+fn an_export_whose_clients_take_no_answer_leaves_memory_to_those_of_servers_beside_it() {
+    let disk = || Arc::new(nbd_server::MemoryExport::new(64 << 20).not_resident());
+    // Nobody is disconnected for the sake of others here.
+    let limits = Limits { bytes: 64 << 20, stall: Duration::from_secs(3600), ..Limits::default() };
+    let base = nbd_server::Server::new(Arc::default(), limits);
+    let [deaf, good] = [(); 2].map(|()| {
+        let table = Arc::new(nbd_server::ExportTable::new());
+        table.add(name("disk"), disk()).expect("an empty table");
+        let base = base.clone();
+        Running::launch(table, None, move |table| base.beside(table))
+    });
+    let silent: Vec<_> = (0..4)
+        .map(|_| {
+            let mut raw = deaf.open(Style::Structured);
+            (0..16).for_each(|cookie| raw.request(0, 0, cookie, 0, 4 << 20, &[]));
+            raw
+        })
+        .collect();
+    let statistics = deaf.table.statistics(&name("disk")).expect("there");
+    // As much as it may have; whatever more is asked for waits.
+    until("the deaf hold their share", || statistics.count(nbd_server::Operation::Read).requests >= 8);
+    let mut other = good.open(Style::Structured);
+    for _ in 0..4 {
+        assert_eq!(other.read(0, 0, 16 << 20).map(|data| data.len()), Ok(16 << 20));
+    }
+    assert_eq!(deaf.table.connections(&name("disk")), Some(silent.len()));
+}

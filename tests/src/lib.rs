@@ -5,6 +5,7 @@ mod data;
 mod guest;
 mod machine;
 mod random;
+pub mod raw;
 mod sandbox;
 
 use std::io::Write;

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use lifeboat_tests::{Running, Sandbox, have, noise, tool, tool_output, wait_until};
+use lifeboat_tests::{Running, Sandbox, have, noise, raw, tool, tool_output, wait_until};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 32 * MIB;
@@ -146,26 +146,12 @@ fn resident(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
 }
 
-fn connect(socket: &Path) -> UnixStream {
-    let stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    stream
-}
-
-/// A client in transmission, with simple replies.
 fn transmitting(socket: &Path) -> Option<UnixStream> {
-    let mut stream = connect(socket);
-    stream.read_exact(&mut [0; 18]).ok()?;
-    stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x05disk0").ok()?;
-    stream.read_exact(&mut [0; 10]).ok()?;
-    Some(stream)
+    raw::transmitting(socket, "disk0").ok()
 }
 
 fn request(command: u8, length: u32) -> Vec<u8> {
-    let mut request = vec![0x25, 0x60, 0x95, 0x13, 0, 0, 0, command];
-    request.extend([0; 16]);
-    request.extend(length.to_be_bytes());
-    request
+    raw::request(command, 0, length)
 }
 
 #[test]
@@ -197,7 +183,7 @@ fn clients_that_mean_no_good_cost_little_and_keep_nobody_out() {
     // A thousand that connect and say nothing, or half of something.
     let half_open: Vec<UnixStream> = (0..1000)
         .map(|number| {
-            let mut stream = connect(&socket);
+            let mut stream = raw::connect(&socket);
             let said: &[u8] =
                 [&b""[..], b"\0\0", b"\0\0\0\x03IHAVEO", b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\xff\xff"][number % 4];
             // It may have been told to go already.
@@ -229,7 +215,7 @@ fn clients_that_mean_no_good_cost_little_and_keep_nobody_out() {
     for data in
         [&b"IHAVEOPT\0\0\0\x07\xff\xff\xff\xff"[..], b"IHAVEOPT\0\0\0\x0a\0\0\0\x0a\xff\xff\xff\xff\0\0\0\0\0\0"]
     {
-        let mut stream = connect(&socket);
+        let mut stream = raw::connect(&socket);
         stream.read_exact(&mut [0; 18]).unwrap();
         stream.write_all(&[b"\0\0\0\x03", data].concat()).unwrap();
         flat("options with lengths that nobody has");
@@ -248,7 +234,7 @@ fn clients_that_mean_no_good_cost_little_and_keep_nobody_out() {
     flat("replies that nobody takes");
 
     // One that speaks a byte at a time is answered all the same.
-    let mut slow = connect(&socket);
+    let mut slow = raw::connect(&socket);
     slow.read_exact(&mut [0; 18]).unwrap();
     for byte in b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x05disk0" {
         slow.write_all(&[*byte]).unwrap();

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use blockstore::{Lease, Progress, Repository};
 use hypervisor::Machine;
-use nbd_server::ExportTable;
+use nbd_server::{ExportTable, Server};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
@@ -32,6 +32,8 @@ pub struct Context {
     pub repository: Arc<Repository>,
     /// Where recoveries are kept.
     pub state: StateDir,
+    /// The server whose limits all of them share.
+    pub server: Server,
 }
 
 /// What a recovery is, fixed when it is asked for.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use blockstore::lease::{self, Surroundings};
 use blockstore::overlay::Overlay;
 use blockstore::{RecoveryPoint, Repository};
-use nbd_server::{ExportTable, Limits, Listen, Server};
+use nbd_server::{ExportTable, Listen};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -48,7 +48,10 @@ impl Recovery {
         .map_err(|error| Problem::failed("cannot publish the disks", &error))??;
         driver.lease = lease;
         let socket = self.socket("nbd.sock");
-        let listener = Server::new(table.clone(), Limits::default())
+        let listener = self
+            .context
+            .server
+            .beside(table.clone())
             .bind(&Listen::Unix(socket))
             .await
             .map_err(|error| Problem::from_listen(&error))?;

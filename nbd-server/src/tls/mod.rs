@@ -157,10 +157,18 @@ impl ClientName {
         let checked = EndEntityCert::try_from(certificate)
             .and_then(|certificate| certificate.verify_is_valid_for_subject_name(&self.0));
         match checked {
-            Err(webpki::Error::CertNotValidForName(context)) => context.presented,
+            Err(webpki::Error::CertNotValidForName(context)) => {
+                context.presented.iter().map(|name| plain(name)).collect()
+            }
             _ => Vec::new(),
         }
     }
+}
+
+/// The name in `DnsName("NAME")` or `IpAddress(NAME)`.
+fn plain(name: &str) -> String {
+    let inside = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
+    inside.map_or(name, |inside| inside.trim_matches('"')).to_owned()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TlsError> {

@@ -192,6 +192,8 @@ mod tests {
         for (name, is) in [("a.example", true), ("10.0.0.1", true), ("::1", true), ("b.example", false)] {
             assert_eq!(ClientName::new(name).expect("a name").is_of(certificate), is, "{name}");
         }
+        let stranger = ClientName::new("b.example").expect("a name");
+        assert_eq!(stranger.presented(certificate), ["a.example", "10.0.0.1", "::1"]);
     }
 
     #[test]

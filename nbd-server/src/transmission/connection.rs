@@ -1,21 +1,20 @@
 //! The task of a connection: reads, parses, answers what is resident, hands on the rest, and ends in order.
 
-use std::future::Future;
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::BufMut;
-use tokio::sync::{AcquireError, OwnedSemaphorePermit};
+use tokio::sync::oneshot;
 
 use super::execute::{check_cover, errno, record};
 use super::outbox::Sent;
 use super::reply::Batch;
 use super::request::{Command, Header, HeaderStyle, Refusal, Request, Terms};
-use super::shared::{BUDGET_UNIT, Connection, Shared, held};
+use super::shared::{Connection, Shared, held};
 use super::stall::StallWatch;
+use crate::budget::{Grant, Permit};
 use crate::control::Membership;
 use crate::dispatch::Job;
 use crate::export::Piece;
@@ -58,19 +57,17 @@ enum Ending {
     Violation,
 }
 
-type Acquire = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
-
 /// What comes next from the client.
 enum Expect {
     Header,
     /// The request waits for memory.
     Memory {
         request: Request,
-        acquire: Acquire,
+        granted: oneshot::Receiver<Permit>,
     },
     Payload {
         request: Request,
-        permit: Option<OwnedSemaphorePermit>,
+        permit: Option<Permit>,
         data: Vec<u8>,
     },
     /// The payload of a refused request.
@@ -172,7 +169,7 @@ impl Task {
                 () = connection.control.woken() => {}
                 permit = granted(&mut self.expect) => self.granted(permit)?,
                 () = watch.expired(connection.outbox.written()), if blocked => {
-                    if self.shared.is_short_of_memory() {
+                    if self.shared.budget.is_short() {
                         tracing::warn!(export = %connection.negotiated.published.name,
                             "disconnecting a client that leaves its replies lying while others wait for memory");
                         return Err(io::ErrorKind::TimedOut.into());
@@ -255,8 +252,8 @@ impl Task {
                         }
                     }
                 }
-                Expect::Memory { request, acquire } => {
-                    self.expect = Expect::Memory { request, acquire };
+                Expect::Memory { request, granted } => {
+                    self.expect = Expect::Memory { request, granted };
                     return Progress::Held;
                 }
                 Expect::Payload { request, permit, mut data } => {
@@ -311,16 +308,14 @@ impl Task {
             self.dispatch(request, Vec::new(), None);
             return;
         }
-        let units = u32::try_from(bytes.div_ceil(BUDGET_UNIT)).unwrap_or(u32::MAX);
-        let budget = Arc::clone(&self.shared.budget);
-        match Arc::clone(&budget).try_acquire_many_owned(units) {
-            Ok(permit) => self.admitted(request, permit),
-            Err(_) => self.expect = Expect::Memory { request, acquire: Box::pin(budget.acquire_many_owned(units)) },
+        match self.shared.budget.take(self.connection.negotiated.published.number, bytes) {
+            Grant::Now(permit) => self.admitted(request, permit),
+            Grant::Later(granted) => self.expect = Expect::Memory { request, granted },
         }
     }
 
     /// Memory for the request is set aside.
-    fn admitted(&mut self, request: Request, permit: OwnedSemaphorePermit) {
+    fn admitted(&mut self, request: Request, permit: Permit) {
         if request.command == Command::Write {
             let data = self.connection.buffer(held(&request));
             self.expect = Expect::Payload { request, permit: Some(permit), data };
@@ -329,8 +324,8 @@ impl Task {
         }
     }
 
-    fn granted(&mut self, permit: Result<OwnedSemaphorePermit, AcquireError>) -> io::Result<()> {
-        let permit = permit.map_err(io::Error::other)?; // the budget is never closed
+    fn granted(&mut self, permit: Result<Permit, oneshot::error::RecvError>) -> io::Result<()> {
+        let permit = permit.map_err(io::Error::other)?; // who waits is never forgotten
         if let Expect::Memory { request, .. } = std::mem::replace(&mut self.expect, Expect::Header) {
             self.admitted(request, permit);
         }
@@ -394,7 +389,7 @@ impl Task {
         true
     }
 
-    fn dispatch(&mut self, request: Request, payload: Vec<u8>, permit: Option<OwnedSemaphorePermit>) {
+    fn dispatch(&mut self, request: Request, payload: Vec<u8>, permit: Option<Permit>) {
         let connection = Arc::clone(&self.connection);
         connection.requests.fetch_add(1, Ordering::SeqCst);
         connection.bytes.fetch_add(held(&request), Ordering::SeqCst);
@@ -554,9 +549,9 @@ enum Progress {
 }
 
 /// Resolves when memory for the waiting request is there; never if none waits.
-async fn granted(expect: &mut Expect) -> Result<OwnedSemaphorePermit, AcquireError> {
+async fn granted(expect: &mut Expect) -> Result<Permit, oneshot::error::RecvError> {
     match expect {
-        Expect::Memory { acquire, .. } => acquire.await,
+        Expect::Memory { granted, .. } => granted.await,
         Expect::Header | Expect::Payload { .. } | Expect::Drain { .. } => std::future::pending().await,
     }
 }

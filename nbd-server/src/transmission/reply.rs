@@ -4,11 +4,11 @@
 use std::io::IoSlice;
 
 use bytes::Bytes;
-use tokio::sync::OwnedSemaphorePermit;
 use zerocopy::IntoBytes;
 use zerocopy::big_endian::{U16, U32, U64};
 
 use super::request::{Fragment, HeaderStyle};
+use crate::budget::Permit;
 use crate::export::Piece;
 use crate::wire::{
     EXTENDED_REPLY_MAGIC, Errno, REPLY_FLAG_DONE, RawDescriptor, RawError, RawExtendedDescriptor, RawExtendedReply,
@@ -28,7 +28,7 @@ pub(crate) struct Batch {
     parts: Vec<Part>,
     bytes: usize,
     /// Memory budget held until the bytes are gone.
-    permits: Option<OwnedSemaphorePermit>,
+    permits: Option<Permit>,
 }
 
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl Batch {
         self.bytes
     }
 
-    pub(crate) fn hold(&mut self, permit: OwnedSemaphorePermit) {
+    pub(crate) fn hold(&mut self, permit: Permit) {
         match &mut self.permits {
             Some(held) => held.merge(permit),
             None => self.permits = Some(permit),

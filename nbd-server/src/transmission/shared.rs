@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-
 use super::execute::{execute, operation, record};
 use super::outbox::{Outbox, Sent};
 use super::reply::{Batch, Reply};
 use super::request::{Command, Request};
+use crate::budget::{Budget, Permit};
 use crate::control::Control;
 use crate::dispatch::Dispatcher;
 use crate::handshake::Negotiated;
@@ -25,33 +24,18 @@ const BUFFER_MIN: usize = 32 << 10;
 const BUFFER_MAX: usize = 1 << 20;
 const BUFFERS: usize = 4;
 
-/// Unit of the memory budget: a semaphore counts 32 bits.
-pub(super) const BUDGET_UNIT: u64 = 1 << 10;
-
 /// What every connection of a server shares.
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) dispatcher: Arc<Dispatcher>,
-    /// Payload in flight over all connections, in [`BUDGET_UNIT`]s.
-    pub(crate) budget: Arc<Semaphore>,
-    budget_units: usize,
+    /// Payload in flight over all connections.
+    pub(crate) budget: Arc<Budget>,
 }
 
 impl Shared {
     pub(crate) fn new(limits: Limits) -> Shared {
         let bytes = limits.bytes.max(crate::limits::MAX_PAYLOAD as usize) as u64;
-        let budget_units = usize::try_from(bytes / BUDGET_UNIT).unwrap_or(Semaphore::MAX_PERMITS);
-        let budget_units = budget_units.min(Semaphore::MAX_PERMITS);
-        Shared {
-            dispatcher: Arc::new(Dispatcher::new(limits.operations)),
-            budget: Arc::new(Semaphore::new(budget_units)),
-            budget_units,
-            limits,
-        }
-    }
-
-    pub(super) fn is_short_of_memory(&self) -> bool {
-        self.budget.available_permits() < self.budget_units / 4
+        Shared { dispatcher: Arc::new(Dispatcher::new(limits.operations)), budget: Budget::new(bytes), limits }
     }
 }
 
@@ -85,13 +69,7 @@ impl Connection {
     }
 
     /// Runs on a dispatcher thread.
-    pub(super) fn perform(
-        &self,
-        request: &Request,
-        since: Instant,
-        payload: Vec<u8>,
-        permit: Option<OwnedSemaphorePermit>,
-    ) {
+    pub(super) fn perform(&self, request: &Request, since: Instant, payload: Vec<u8>, permit: Option<Permit>) {
         let mut batch = Batch::default();
         let published = &self.negotiated.published;
         let caught = catch_unwind(AssertUnwindSafe(|| {
