@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use lifeboat_tests::{Sandbox, have, noise, wait_until};
+use lifeboat_tests::{Sandbox, have, kill, noise, wait_until};
 
 fn backed_up() -> Sandbox {
     let sandbox = Sandbox::with_plain_repository("64K");
@@ -64,4 +64,48 @@ fn who_waits_for_memory_is_shown_is_not_overtaken_and_can_give_up() {
     wait_until("it waits", || sandbox.json(&["status"])["waiting"][0]["name"] == "large");
     killed.kill();
     wait_until("nobody waits", || sandbox.json(&["status"])["waiting"].as_array().unwrap().is_empty());
+    // Ended by somebody else.
+    let mut ended = sandbox.start(&["recover", "vm", "--name", "large", "--memory", &most, "--queue"]);
+    wait_until("it waits", || sandbox.json(&["status"])["waiting"][0]["name"] == "large");
+    assert!(sandbox.fails(4, &["recovery", "large"]).contains("waits for memory"));
+    assert!(sandbox.ok(&["discard", "large"]).contains("large is gone"));
+    assert_eq!(ended.wait().code(), Some(5));
+    assert!(sandbox.json(&["status"])["waiting"].as_array().unwrap().is_empty());
+    assert!(sandbox.fails(4, &["discard", "large"]).contains("no recovery"));
+    assert!(!sandbox.path("state/recoveries/large").exists());
+}
+
+#[test]
+fn who_waits_for_memory_is_let_in_when_another_vm_ends() {
+    if !have(&["qemu-system-x86_64"]) {
+        return;
+    }
+    let sandbox = backed_up();
+    sandbox.ok(&["recover", "vm", "--name", "disks", "--on", "none"]);
+    // More than half of what there is: one has room, two have not. No guest touches it, the disk does not boot.
+    let room = sandbox.json(&["status"])["room"].as_u64().unwrap();
+    let memory = format!("{}M", (room * 6 / 10) >> 20);
+    let recover = |name: &str, more: &[&str]| {
+        sandbox.start(&[&["recover", "vm", "--name", name, "--memory", &memory, "--wait", "0"], more].concat())
+    };
+    let waits = |name: &str| wait_until("it waits", || sandbox.json(&["status"])["waiting"][0]["name"] == name);
+    assert!(recover("first", &[]).wait().success());
+    let mut second = recover("second", &["--queue"]);
+    waits("second");
+    assert!(!sandbox.path("state/recoveries/second").exists());
+    sandbox.ok(&["discard", "first"]);
+    assert!(second.wait().success());
+    let view = sandbox.json(&["recovery", "second"]);
+    assert_eq!((&view["state"], &view["vm"]), (&"running".into(), &"running".into()));
+    // Its VM ends, another takes the room, and it waits until that has gone.
+    kill(u32::try_from(view["pid"].as_u64().unwrap()).unwrap());
+    wait_until("the VM is off", || sandbox.json(&["recovery", "second"])["vm"] == "shut-off");
+    assert!(recover("third", &[]).wait().success());
+    assert!(sandbox.fails(5, &["start", "second"]).contains("--queue"));
+    let mut again = sandbox.start(&["start", "second", "--queue"]);
+    waits("second");
+    sandbox.ok(&["discard", "third"]);
+    assert!(again.wait().success());
+    assert_eq!(sandbox.json(&["recovery", "second"])["vm"], "running");
+    sandbox.ok(&["discard", "second"]);
 }

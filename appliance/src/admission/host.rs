@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::Host;
+use super::{Host, cgroup};
 use crate::problem::Problem;
 
 /// The host at present, with the free space of folder `overlays`.
@@ -12,9 +12,16 @@ pub fn read(overlays: &Path) -> Result<Host, Problem> {
     let text = fs::read_to_string("/proc/meminfo").map_err(|error| cannot(&error))?;
     let field = |name: &str| kib(&text, name).ok_or_else(|| cannot(&std::io::Error::other(format!("no {name} in it"))));
     let stat = rustix::fs::statvfs(overlays).ok();
+    let limit = cgroup::read(Path::new("/"));
+    let within =
+        |memory: u64, of: fn(&cgroup::Limit) -> u64| limit.as_ref().map_or(memory, |limit| memory.min(of(limit)));
+    let total = field("MemTotal")?;
     Ok(Host {
-        memory_total: field("MemTotal")?,
-        memory_available: field("MemAvailable")?,
+        memory_total: within(total, |limit| limit.total),
+        memory_available: within(field("MemAvailable")?, |limit| limit.available),
+        memory_limit: limit.map(|limit| limit.total).filter(|limit| *limit < total),
+        swap_total: kib(&text, "SwapTotal").unwrap_or(0),
+        swap_free: kib(&text, "SwapFree").unwrap_or(0),
         cores: std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX)),
         space: stat.map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize)),
     })

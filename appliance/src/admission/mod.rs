@@ -1,5 +1,6 @@
 //! Admission: whether this host can carry one more VM. See docs/design/admission.md
 
+mod cgroup;
 pub mod host;
 mod queue;
 
@@ -49,6 +50,15 @@ pub struct Host {
     pub memory_total: u64,
     /// Memory that could be used now.
     pub memory_available: u64,
+    /// What a control group limits all of it to, if one does; the two above heed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<u64>,
+    /// All swap; it is never counted as memory.
+    #[serde(default)]
+    pub swap_total: u64,
+    /// Swap that is not used.
+    #[serde(default)]
+    pub swap_free: u64,
     /// CPUs.
     pub cores: u32,
     /// Free bytes where overlays are kept; absent when it cannot be told.
@@ -108,6 +118,10 @@ impl Capacity {
         if ask.memory == 0 {
             return Ok(warnings);
         }
+        if self.host.swap_total > 0 && self.host.swap_free < self.host.swap_total / 2 {
+            let swapped = self.host.swap_total - self.host.swap_free;
+            warnings.push(format!("this host has swapped out {}: guests will be slow", mib(swapped)));
+        }
         let needed = ask.memory.saturating_add(OVERHEAD);
         if needed > self.host.memory_total.saturating_sub(self.reserve) {
             return Err(Refusal::Never { needed });
@@ -164,7 +178,7 @@ impl Capacity {
                     mib(needed),
                     mib(self.room)
                 ))
-                .hint(format!("{give}, or wait for memory with `recover --queue`; {anyway}"))
+                .hint(format!("{give}, or wait for memory with --queue; {anyway}"))
             }
         }
     }
@@ -226,7 +240,15 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn capacity(total: u64, available: u64, holders: &[(u64, u64)]) -> Capacity {
-        let host = Host { memory_total: total, memory_available: available, cores: 2, space: Some(100 * GIB) };
+        let host = Host {
+            memory_total: total,
+            memory_available: available,
+            memory_limit: None,
+            swap_total: 0,
+            swap_free: 0,
+            cores: 2,
+            space: Some(100 * GIB),
+        };
         let holder = |(memory, resident): &(u64, u64)| Holder {
             name: "other".to_owned(),
             ask: Ask { memory: *memory, cpus: 2 },
@@ -259,6 +281,18 @@ mod tests {
         let small = capacity(4 * GIB, 2 * GIB, &[(GIB / 2, 0), (GIB / 2, 0)]);
         assert_eq!(small.decide("vm", Ask { memory: GIB / 2, cpus: 2 }, 0).map(|warnings| warnings.len()), Ok(1));
         assert_eq!((small.more_vms, capacity(16 * GIB, 12 * GIB, &[]).more_vms), (0, 5));
+    }
+
+    #[test]
+    fn swap_gives_no_room_and_a_host_that_swaps_is_warned_of() {
+        let mut host = capacity(16 * GIB, GIB, &[]);
+        (host.host.swap_total, host.host.swap_free) = (64 * GIB, 64 * GIB);
+        assert!(host.decide("vm", Ask { memory: 2 * GIB, cpus: 1 }, 0).is_err());
+        let small = Ask { memory: 64 << 20, cpus: 1 };
+        host.room = GIB;
+        assert_eq!(host.decide("vm", small, 0), Ok(Vec::new()));
+        host.host.swap_free = 31 * GIB;
+        assert_eq!(host.decide("vm", small, 0).map(|warnings| warnings.len()), Ok(1));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Who is about to start, and who waits for memory: first in, first out, in memory of the process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+
+use tokio::sync::Notify;
 
 use super::{Ask, Capacity, Holder, Refusal, Terms};
 use crate::problem::Problem;
@@ -14,12 +16,16 @@ const LOOK: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub struct Admission {
     ledger: Mutex<Ledger>,
+    /// Somebody who held memory or a place has given it up.
+    changed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Ledger {
     granted: BTreeMap<u64, Holder>,
     waiting: BTreeMap<u64, Holder>,
+    /// Those whose wait somebody else has ended, and who have not heard of it yet.
+    ended: BTreeSet<u64>,
     next: u64,
 }
 
@@ -37,6 +43,9 @@ impl Drop for Grant {
         let mut ledger = self.admission.lock();
         ledger.granted.remove(&self.number);
         ledger.waiting.remove(&self.number);
+        ledger.ended.remove(&self.number);
+        drop(ledger);
+        self.admission.look_again();
     }
 }
 
@@ -45,6 +54,28 @@ impl Admission {
     pub fn known(&self) -> (Vec<Holder>, Vec<Holder>) {
         let ledger = self.lock();
         (ledger.granted.values().cloned().collect(), ledger.waiting.values().cloned().collect())
+    }
+
+    /// Ends the wait of `name`, if it waits.
+    pub fn end(&self, name: &str) -> bool {
+        let mut ledger = self.lock();
+        let found = ledger.waiting.iter().find(|(_, holder)| holder.name == name).map(|(number, _)| *number);
+        let Some(number) = found else { return false };
+        ledger.waiting.remove(&number);
+        ledger.ended.insert(number);
+        drop(ledger);
+        self.look_again();
+        true
+    }
+
+    /// Whether `name` waits.
+    pub fn waits(&self, name: &str) -> bool {
+        self.lock().waiting.values().any(|holder| holder.name == name)
+    }
+
+    /// Has those that wait look at the host now rather than in a moment.
+    pub fn look_again(&self) {
+        self.changed.notify_waiters();
     }
 
     /// Lets `name` in, refuses it, or has it wait, as `terms` say. `capacity` adds up the host, given those let in and
@@ -71,7 +102,10 @@ impl Admission {
                 grant.warnings = warnings;
                 return Ok(grant);
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                () = self.changed.notified() => {}
+            }
         }
     }
 
@@ -109,6 +143,12 @@ impl Admission {
         capacity: impl Fn(Vec<Holder>, Vec<Holder>) -> Result<Capacity, Problem>,
     ) -> Result<Option<Vec<String>>, Problem> {
         let mut ledger = self.lock();
+        if ledger.ended.remove(&number) {
+            return Err(Problem::refused(format!(
+                "{} no longer waits for memory: it was discarded; nothing was started",
+                holder.name
+            )));
+        }
         let waiting: Vec<Holder> = ledger.waiting.range(..number).map(|(_, other)| other.clone()).collect();
         let before = waiting.len();
         let capacity = match capacity(ledger.granted.values().cloned().collect(), waiting) {

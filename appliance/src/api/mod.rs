@@ -306,11 +306,9 @@ async fn start(
     Query(query): Query<AdmissionQuery>,
     Path(name): Path<String>,
 ) -> Answer<RecoveryView> {
-    let terms = match query.admission {
-        Terms::Queue => return Err(Problem::usage("a VM that is started again does not wait for memory")),
-        terms => terms,
-    };
-    let work = tokio::spawn(async move { app.recoveries.start_vm(&name, terms).await });
+    // An asker who goes away no longer waits for memory.
+    let grant = app.recoveries.admit_again(&name, query.admission).await?;
+    let work = tokio::spawn(async move { app.recoveries.start_vm(&name, grant).await });
     work.await.map_err(|error| Problem::failed("the start ended badly", &error))?.map(Json)
 }
 

@@ -31,9 +31,15 @@ pub async fn show(door: &Door, global: &Global) -> Result<(), Problem> {
     }
     let host = capacity.host;
     let available = render::bytes(host.memory_available);
+    let limited = if host.memory_limit.is_some() { ", the limit of a control group" } else { "" };
+    let swap = match host.swap_total {
+        0 => "none".to_owned(),
+        total => format!("{} used of {}", render::bytes(total.saturating_sub(host.swap_free)), render::bytes(total)),
+    };
     render::pairs(&[
-        ("memory", format!("{available} available of {}", render::bytes(host.memory_total))),
+        ("memory", format!("{available} available of {}{limited}", render::bytes(host.memory_total))),
         ("kept for the host", render::bytes(capacity.reserve)),
+        ("swap", swap),
         ("overlay space", host.space.map_or("-".to_owned(), |space| format!("{} free", render::bytes(space)))),
         ("CPUs", host.cores.to_string()),
     ]);

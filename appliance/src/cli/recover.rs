@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use axum::http::Method;
 
-use super::args::{Global, Name, Recover, Recovery, Start};
+use super::args::{Admission, Global, Name, Recover, Recovery, Start};
 use super::client::segment;
 use super::connect::{Door, NOTHING};
 use super::{host, render};
@@ -27,21 +27,7 @@ pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Pro
         mac: args.mac.clone(),
         hardware: super::hardware::of(&args.made_of)?,
     };
-    let terms = if args.queue {
-        "queue"
-    } else if args.force {
-        "force"
-    } else {
-        "check"
-    };
-    let path = format!("/api/v1/recoveries?admission={terms}");
-    let started: RecoveryView = tokio::select! {
-        started = door.client.call(Method::POST, &path, Some(&request)) => started?,
-        problem = host::wait(door), if args.queue => return Err(problem),
-    };
-    for warning in &started.warnings {
-        render::note(&format!("warning: {warning}"));
-    }
+    let started = admitted(door, "/api/v1/recoveries", Some(&request), args.admission).await?;
     let view = wait_for_console(door, started, Duration::from_secs(args.wait)).await?;
     if global.json {
         render::json(&view);
@@ -49,6 +35,29 @@ pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Pro
         describe(&view);
     }
     Ok(())
+}
+
+/// Asks for a VM to be started, and waits for memory if that is wanted.
+async fn admitted(
+    door: &Door,
+    path: &str,
+    body: Option<&RecoverRequest>,
+    admission: Admission,
+) -> Result<RecoveryView, Problem> {
+    let terms = match admission {
+        Admission { queue: true, .. } => "queue",
+        Admission { force: true, .. } => "force",
+        Admission { .. } => "check",
+    };
+    let path = format!("{path}?admission={terms}");
+    let started: RecoveryView = tokio::select! {
+        started = door.client.call(Method::POST, &path, body) => started?,
+        problem = host::wait(door), if admission.queue => return Err(problem),
+    };
+    for warning in &started.warnings {
+        render::note(&format!("warning: {warning}"));
+    }
+    Ok(started)
 }
 
 /// Looks at the recovery until its guest has written to the console, has ended, or time is up.
@@ -271,12 +280,8 @@ pub async fn show(door: &Door, global: &Global, args: &Recovery) -> Result<(), P
 }
 
 pub async fn start(door: &Door, global: &Global, args: &Start) -> Result<(), Problem> {
-    let terms = if args.force { "force" } else { "check" };
-    let path = format!("/api/v1/recoveries/{}/start?admission={terms}", segment(&args.name));
-    let view: RecoveryView = door.client.call(Method::POST, &path, NOTHING).await?;
-    for warning in &view.warnings {
-        render::note(&format!("warning: {warning}"));
-    }
+    let path = format!("/api/v1/recoveries/{}/start", segment(&args.name));
+    let view = admitted(door, &path, None, args.admission).await?;
     if global.json {
         render::json(&view);
     } else {
@@ -291,6 +296,10 @@ pub async fn discard(door: &Door, global: &Global, args: &Name) -> Result<(), Pr
     if global.json {
         render::json(&view);
     } else {
+        if view.point.is_empty() && view.disks.is_empty() {
+            render::line(&format!("{} is gone", view.name));
+            return Ok(());
+        }
         let targets: Vec<String> = view.disks.iter().filter_map(|disk| disk.target.clone()).collect();
         let kept = match targets.as_slice() {
             [] => format!("recovery point {} is as it was", short_id(&view.point)),

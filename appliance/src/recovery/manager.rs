@@ -16,7 +16,7 @@ use crate::admission::{self, Admission, Ask, Capacity, Grant, Holder, Terms};
 use crate::catalog::PointSummary;
 use crate::disks;
 use crate::hardware::Hardware;
-use crate::problem::Problem;
+use crate::problem::{Kind, Problem};
 use crate::rehydrate::RehydrateRequest;
 
 /// How long to wait before a recovery that cannot be served is tried again.
@@ -186,18 +186,23 @@ impl Recoveries {
         known.recoveries.iter().filter_map(|(name, recovery)| Some((name.clone(), recovery.table()?))).collect()
     }
 
-    /// Starts the VM of a recovery again after it has ended.
-    pub async fn start_vm(&self, name: &str, terms: Terms) -> Result<RecoveryView, Problem> {
+    /// Keeps room on the host for the VM of a recovery that has ended, or waits for it, as `terms` say. Dropped, it no
+    /// longer waits. A VM that runs needs none.
+    pub async fn admit_again(&self, name: &str, terms: Terms) -> Result<Option<Grant>, Problem> {
         let recovery = self.get(name)?;
         if recovery.holds().is_some() {
-            // It runs, which is what the refusal says.
-            recovery.start_again().await?;
-            return Ok(recovery.view());
+            return Ok(None);
         }
         let capacity = |granted, waiting| self.add_up(granted, waiting);
-        let grant = self.admission.admit(name, recovery.ask(), terms, capacity).await?;
+        self.admission.admit(name, recovery.ask(), terms, capacity).await.map(Some)
+    }
+
+    /// Starts the VM of a recovery again after it has ended.
+    pub async fn start_vm(&self, name: &str, grant: Option<Grant>) -> Result<RecoveryView, Problem> {
+        let recovery = self.get(name)?;
         recovery.start_again().await?;
-        Ok(RecoveryView { warnings: grant.warnings.clone(), ..recovery.view() })
+        let warnings = grant.map_or(Vec::new(), |grant| grant.warnings.clone());
+        Ok(RecoveryView { warnings, ..recovery.view() })
     }
 
     /// One recovery.
@@ -239,8 +244,20 @@ impl Recoveries {
         self.get(name)?.freeze().await
     }
 
-    /// Ends a recovery: VM, exports, overlays and sockets go.
+    /// Ends a recovery: VM, exports, overlays and sockets go. One that waits for memory has none of them yet.
     pub async fn discard(&self, name: &str) -> Result<RecoveryView, Problem> {
+        let waited = self.admission.end(name);
+        let ended = match self.discard_begun(name).await {
+            Err(problem) if waited && problem.kind == Kind::NotFound => {
+                Ok(RecoveryView { state: State::Discarded, problem: None, ..super::broken::view(name, &problem) })
+            }
+            ended => ended,
+        };
+        self.admission.look_again();
+        ended
+    }
+
+    async fn discard_begun(&self, name: &str) -> Result<RecoveryView, Problem> {
         let broken = self.lock().broken.get(name).cloned();
         if let Some(problem) = broken {
             super::broken::discard(&self.context.state, name).await?;
@@ -273,6 +290,10 @@ impl Recoveries {
             return Err(problem.clone());
         }
         known.recoveries.get(name).cloned().ok_or_else(|| {
+            if self.admission.waits(name) {
+                return Problem::not_found(format!("recovery {name} waits for memory and has not begun"))
+                    .hint(format!("`lifeboat status` shows who waits; `lifeboat discard {name}` ends the wait"));
+            }
             Problem::not_found(format!("there is no recovery `{name}`")).hint("`lifeboat recoveries` lists them")
         })
     }

@@ -22,7 +22,7 @@ pub use drill::{Drill, Drills};
 pub use files::{Cp, Find, Ls, Mount};
 pub use machine::MachineArgs;
 pub use points::{Backup, Forget, Init, Points, Protect, Restore, Show, ShowPoint};
-pub use recovery::{Commit, Name, Recover, Recoveries, Recovery, Rehydrate, Start};
+pub use recovery::{Admission, Commit, Name, Recover, Recoveries, Recovery, Rehydrate, Start};
 pub use serve::{Export, Serve, Tls};
 pub use size::parse_size;
 pub use token::{CreateToken, RevokeToken, RoleArg, Token};

@@ -5,6 +5,17 @@ use clap::builder::NonEmptyStringValueParser;
 
 use super::{MachineArgs, parse_size};
 
+/// What to do about a host that is full.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Admission {
+    /// If the host has not enough memory, wait for it, first in first out; an interrupt gives the place up
+    #[arg(long)]
+    pub queue: bool,
+    /// Start even if the host has not enough memory or space
+    #[arg(long, conflicts_with = "queue")]
+    pub force: bool,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 What is not given of the machine is taken from the recovery point, and where that says nothing either: 2 GiB, 2 CPUs of\n\
@@ -34,12 +45,8 @@ pub struct Recover {
     /// auto, kvm or tcg
     #[arg(long, default_value = "auto", env = "LIFEBOAT_ACCEL")]
     pub accel: String,
-    /// If the host has not enough memory, wait for it, first in first out; an interrupt gives the place up
-    #[arg(long)]
-    pub queue: bool,
-    /// Start even if the host has not enough memory or space
-    #[arg(long, conflicts_with = "queue")]
-    pub force: bool,
+    #[command(flatten)]
+    pub admission: Admission,
     /// Wait this many seconds for the guest's first console output, to report when it came
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
     pub wait: u64,
@@ -97,9 +104,8 @@ pub struct Start {
     /// What the recovery is called
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub name: String,
-    /// Start even if the host has not enough memory or space
-    #[arg(long)]
-    pub force: bool,
+    #[command(flatten)]
+    pub admission: Admission,
 }
 
 #[derive(Debug, Args)]
