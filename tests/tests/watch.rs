@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use lifeboat_tests::{Running, Sandbox, noise};
+use lifeboat_tests::{Running, Sandbox, noise, wait_until};
 use serde_json::Value;
 
 fn published() -> Sandbox {
@@ -46,6 +46,28 @@ fn a_recovery_is_followed_through_a_restart_of_the_service_to_its_end() {
     line_with(&watch, "vm discarded");
     assert!(watch.wait().success());
     sandbox.fails(4, &["recovery", "vm", "--watch"]);
+}
+
+#[test]
+fn who_watches_an_empty_state_folder_keeps_nobody_from_it() {
+    let sandbox = Sandbox::with_plain_repository("64K");
+    fs::write(sandbox.path("disk.raw"), noise(5, 2 << 20)).unwrap();
+    let mut watch = sandbox.start(&["recoveries", "--watch"]);
+    line_with(&watch, "no recoveries");
+    let socket = sandbox.path("state/lifeboat.sock");
+    assert!(!socket.exists(), "it answers for the state folder");
+    sandbox.ok(&["backup", "vm", &sandbox.name("disk.raw")]);
+    // A service can begin and end beside it, as often as it likes.
+    for _ in 0..2 {
+        let mut service = sandbox.start(&["serve"]);
+        wait_until("the service answers", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+        sandbox.ok(&["recover", "vm", "--on", "none"]);
+        line_with(&watch, "vm running");
+        sandbox.ok(&["discard", "vm"]);
+        line_with(&watch, "no recoveries");
+        assert!(service.stop().success());
+    }
+    assert!(watch.stop().success());
 }
 
 #[test]

@@ -89,6 +89,11 @@ impl Door {
         Ok(ask(&StateDir::new(global.options()?.state)).await.is_some())
     }
 
+    /// Whether this process owns the state folder and answers others.
+    pub fn is_host(&self) -> bool {
+        self.own.is_some()
+    }
+
     fn to_service(global: &Global, state: &StateDir, health: &Health) -> Result<Door, Problem> {
         let options = global.options()?;
         if options.repository.as_ref().is_some_and(|location| !location.is_empty()) {

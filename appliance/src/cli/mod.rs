@@ -127,6 +127,7 @@ async fn run(cli: Cli) -> Result<(), Problem> {
         Command::Init(init) => return initialise(&global, &init),
         Command::Tls(args) => return tls::run(&global, &args),
         Command::Serve(args) => return serve::run(&global, &args).await,
+        Command::Recoveries(ref args) if args.watch => return watch::all(&global).await,
         Command::Collect(ref args) if collect::is_keyless(&global, args).await? => {
             return collect::run_keyless(&global);
         }
@@ -166,7 +167,6 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Token(args) => token::run(door, global, args).await,
         Command::Recover(args) => recover::run(door, global, args).await,
         Command::Status => host::show(door, global).await,
-        Command::Recoveries(args) if args.watch => watch::all(door, global).await,
         Command::Recoveries(_) => recover::list(door, global).await,
         Command::Recovery(args) if args.watch => watch::one(door, global, &args.name).await,
         Command::Recovery(args) => recover::show(door, global, args).await,

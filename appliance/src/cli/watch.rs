@@ -58,35 +58,58 @@ fn gone(last: RecoveryView) -> RecoveryView {
     RecoveryView { state: State::Discarded, vm: None, pid: None, rehydration: None, next: Vec::new(), ..last }
 }
 
-/// Follows all recoveries.
-pub async fn all(door: &Door, global: &Global) -> Result<(), Problem> {
+/// Follows all recoveries. Where there is none, nobody is asked and nothing is opened: this command must keep no other
+/// from the state folder.
+pub async fn all(global: &Global) -> Result<(), Problem> {
     let state = StateDir::new(global.options()?.state);
     let mut source = Source::new(global);
     let mut screen = Screen::open(global.json);
-    let mut views = list(door).await?;
+    let (mut door, mut views) = (None, Vec::new());
     loop {
-        let summaries = || match views.as_slice() {
-            [] => vec!["no recoveries".to_owned()],
-            views => views.iter().map(recover::summary).collect(),
-        };
-        screen.show(&views, || recover::list_lines(&views), summaries);
-        if pause().await {
-            break;
+        let none = state.recovery_names().is_empty();
+        if none {
+            (door, views) = (None, Vec::new());
+        } else if door.is_none() {
+            door = service(global).await?;
         }
-        let asked = tokio::select! {
-            asked = source.ask(door, |door| async move { list(door).await }) => asked,
-            () = stop_signal() => break,
+        let asked = match &door {
+            None => Ok(Vec::new()),
+            Some(door) => tokio::select! {
+                asked = source.ask(door, |door| async move { list(door).await }) => asked,
+                () = stop_signal() => break,
+            },
         };
         match asked {
-            Ok(now) => views = now,
-            Err(_) if state.recovery_names().is_empty() => views.clear(),
+            Ok(now) => {
+                views = now;
+                let summaries = || match views.as_slice() {
+                    [] => vec!["no recoveries".to_owned()],
+                    views => views.iter().map(recover::summary).collect(),
+                };
+                screen.show(&views, || recover::list_lines(&views), summaries);
+            }
+            // The service has ended with its last recovery, which the next look shows.
+            Err(_) if state.recovery_names().is_empty() => continue,
             Err(problem) => screen.away(&source.excuse(&problem)?),
+        }
+        if pause().await {
+            break;
         }
     }
     if screen.close() {
         render::lines(&recover::list_lines(&views));
     }
     Ok(())
+}
+
+/// The way to the service that serves the recoveries; `None` if the last of them went in this moment.
+async fn service(global: &Global) -> Result<Option<Door>, Problem> {
+    let door = Door::open(global, &Command::Recoveries(Recoveries { watch: true })).await?;
+    if door.is_host() {
+        door.close(global).await?;
+        return Ok(None);
+    }
+    Ok(Some(door))
 }
 
 async fn list(door: &Door) -> Result<Vec<RecoveryView>, Problem> {
@@ -121,7 +144,7 @@ impl<'a> Source<'a> {
         let state = StateDir::new(self.global.options()?.state);
         if self.away.is_some_and(|since| since.elapsed() > COMEBACK) && !state.recovery_names().is_empty() {
             // There are recoveries: this starts a service, or finds one, and hosts nothing in this process.
-            self.other = Some(Door::open(self.global, &Command::Recoveries(Recoveries { watch: true })).await?);
+            self.other = service(self.global).await?;
         }
         let answer = question(self.other.as_ref().unwrap_or(door)).await;
         if answer.is_ok() {
