@@ -287,7 +287,7 @@ impl Recovery {
     }
 
     /// Removes the files that a cancelled rehydration made.
-    fn forget_targets(&self, driver: &mut Driver) {
+    pub(super) fn forget_targets(&self, driver: &mut Driver) {
         if let Some(plan) = driver.plan.take() {
             remove_made(&plan);
             for disk in &plan.disks {

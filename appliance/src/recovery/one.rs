@@ -186,7 +186,13 @@ impl Recovery {
                     .hint("shut the VM down first; its disks stay where they are"));
             }
         }
+        let copying = matches!(driver.state, State::Rehydrating | State::ReadyForCutover);
         self.enter(&mut driver, Event::DiscardRequested, None)?;
+        if copying {
+            // Nobody runs on the copy, and it ends in the middle: nothing of it stays, as after a cancel.
+            self.stop_copying(&mut driver).await;
+            self.forget_targets(&mut driver);
+        }
         self.take_away(&mut driver).await
     }
 
