@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::crash::{self, Moment};
+
 /// A journal longer than this is not one of ours.
 const LEN_MAX: u64 = 16 << 20;
 
@@ -98,8 +100,11 @@ impl Journal {
             return Err(JournalError::Poisoned { path: self.path.clone() });
         }
         let result = encode(record).and_then(|line| {
+            crash::here(Moment::Before, &line);
             self.file.write_all(&line)?;
-            self.file.sync_data()
+            self.file.sync_data()?;
+            crash::here(Moment::After, &line);
+            Ok(())
         });
         result.map_err(|source| {
             self.poisoned = true;

@@ -11,6 +11,7 @@ pub mod catalog;
 mod causes;
 pub mod cli;
 pub mod collect;
+mod crash;
 pub mod disks;
 pub mod drill;
 pub mod exports;
