@@ -126,6 +126,8 @@ pub struct App {
     pub recoveries: Arc<Recoveries>,
     /// Exports without a recovery.
     pub exports: Arc<Exports>,
+    /// The server whose limits all that is served shares: whoever takes too much takes it from nobody else.
+    pub server: Server,
     /// Folders that show the files of disks.
     pub mounts: Arc<crate::files::Mounts>,
     catalog: Catalog,
@@ -146,7 +148,6 @@ impl App {
         crate::drill::clean_up(&state)?;
         let catalog = Catalog::open(&state.catalog(&repository.id().to_string()))?;
         let repository = Arc::new(repository);
-        // All that is served shares one set of limits: whoever takes too much takes it from nobody else.
         let server = Server::new(Arc::default(), Limits::default());
         let context =
             crate::recovery::Context { repository: repository.clone(), state: state.clone(), server: server.clone() };
@@ -156,7 +157,8 @@ impl App {
             jobs: Arc::default(),
             tokens: Arc::new(Tokens::open(state.tokens())),
             recoveries: Arc::new(Recoveries::new(context)),
-            exports: Arc::new(Exports::new(server)),
+            exports: Arc::new(Exports::new(server.clone())),
+            server,
             mounts: Arc::default(),
             state,
             catalog,

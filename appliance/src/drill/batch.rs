@@ -128,6 +128,7 @@ fn one(
     let order = Order {
         repository: app.repository.clone(),
         state: app.state.clone(),
+        server: app.server.clone(),
         point: point.clone(),
         machine: planned.machine.clone(),
         warnings: planned.warnings.clone(),

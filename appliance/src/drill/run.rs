@@ -14,7 +14,7 @@ use blockstore::drill::{Attachments, MAX_SCREENSHOT_LEN};
 use blockstore::overlay::Overlay;
 use blockstore::{Lease, Progress, Repository};
 use hypervisor::{MachineFiles, Qemu};
-use nbd_server::{ExportName, ExportTable, Limits, Listen, Server};
+use nbd_server::{ExportName, ExportTable, Listen, Server};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -43,6 +43,7 @@ const QUOTED: usize = 20;
 pub(super) struct Order {
     pub repository: Arc<Repository>,
     pub state: StateDir,
+    pub server: Server,
     pub point: PointSummary,
     pub machine: RecoverRequest,
     /// What is odd about the machine.
@@ -236,13 +237,14 @@ struct Served {
 impl Served {
     async fn publish(order: &Order, folder: &Folder, recorder: &Arc<Recorder>) -> Result<Served, Problem> {
         let table = Arc::new(ExportTable::new());
+        let server = order.server.beside(table.clone());
         let (order, dir) = (order.clone(), folder.dir.join("disks"));
         let (filled, recorder) = (table.clone(), recorder.clone());
         let work = move || fill(&order, &dir, &filled, &recorder);
         let filled = tokio::task::spawn_blocking(work).await;
         let (names, overlays, lease) =
             filled.map_err(|error| Problem::failed("its disks cannot be published", &error))??;
-        let listener = Server::new(table.clone(), Limits::default())
+        let listener = server
             .bind(&Listen::Unix(folder.socket("nbd.sock")))
             .await
             .map_err(|error| Problem::from_listen(&error))?;
