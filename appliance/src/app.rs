@@ -149,12 +149,17 @@ impl App {
         let catalog = Catalog::open(&state.catalog(&repository.id().to_string()))?;
         let repository = Arc::new(repository);
         let server = Server::new(Arc::default(), Limits::default());
-        let context =
-            crate::recovery::Context { repository: repository.clone(), state: state.clone(), server: server.clone() };
+        let jobs = Arc::<Jobs>::default();
+        let context = crate::recovery::Context {
+            repository: repository.clone(),
+            state: state.clone(),
+            server: server.clone(),
+            jobs: jobs.clone(),
+        };
         Ok(Arc::new(App {
             location,
             repository,
-            jobs: Arc::default(),
+            jobs,
             tokens: Arc::new(Tokens::open(state.tokens())),
             recoveries: Arc::new(Recoveries::new(context)),
             exports: Arc::new(Exports::new(server.clone())),

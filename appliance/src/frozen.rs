@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use blockstore::base::Segment;
@@ -30,8 +30,10 @@ pub struct Frozen {
     overlay: Arc<Overlay>,
     /// Regions of which the overlay held something at the instant.
     changed: RegionSet,
-    /// Those of them that are still in the overlay as they were.
-    there: RegionSet,
+    /// Those of them that were put aside; the others are still in the overlay as they were.
+    aside_now: RegionSet,
+    /// The instant has come: until then changes are only noted.
+    frozen: AtomicBool,
     /// Takes the old content of the others, each at its place. It has no name: it goes with the process.
     aside: File,
     /// Who changes a region first puts it aside, the others wait for that.
@@ -42,46 +44,60 @@ pub struct Frozen {
 }
 
 impl Frozen {
-    /// Freezes what `overlay` holds. Nobody may change it meanwhile, and everybody who changes it later must call
-    /// [`Frozen::before_change`] first.
+    /// Begins to take note of what `overlay` holds. From now on everybody who changes it must call
+    /// [`Frozen::before_change`] first. Then [`Frozen::look`], then [`Frozen::freeze`].
     pub fn new(overlay: Arc<Overlay>, aside: File) -> Frozen {
         let size = overlay.size();
-        let frozen = Frozen {
+        Frozen {
             changed: RegionSet::new(size),
-            there: RegionSet::new(size),
+            aside_now: RegionSet::new(size),
+            frozen: AtomicBool::new(false),
             aside,
             turns: (0..TURNS).map(|_| Mutex::default()).collect(),
             put_aside: AtomicU64::new(0),
             lost: OnceLock::new(),
             overlay,
-        };
-        let mut at = 0;
+        }
+    }
+
+    /// Notes what the overlay holds, which takes a while if that lies scattered. What is changed meanwhile is noted by
+    /// whoever changes it.
+    pub fn look(&self) {
+        let (size, mut at) = (self.overlay.size(), 0);
         while at < size {
-            for extent in frozen.overlay.changed(at, size - at, EXTENTS) {
+            for extent in self.overlay.changed(at, size - at, EXTENTS) {
                 if extent.changed {
-                    for region in touched(at, extent.length) {
-                        frozen.changed.insert(region);
-                        frozen.there.insert(region);
-                    }
+                    touched(at, extent.length).for_each(|region| self.changed.insert(region));
                 }
                 at += extent.length;
             }
         }
-        frozen
     }
 
-    /// Whether a change of this range has to put something aside.
+    /// The instant. Nobody may be changing anything.
+    pub fn freeze(&self) {
+        self.frozen.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a change of this range has something to do before.
     pub fn concerns(&self, offset: u64, length: u64) -> bool {
-        let regions = touched(offset, length);
-        !regions.is_empty() && self.there.next(regions.start).is_some_and(|region| region < regions.end)
+        match self.frozen.load(Ordering::SeqCst) {
+            true => self.next_there(touched(offset, length)).is_some(),
+            false => touched(offset, length).any(|region| !self.changed.contains(region)),
+        }
     }
 
-    /// Puts aside what a change is about to replace. If that fails the frozen disk is lost, not the change.
+    /// Puts aside what a change is about to replace. If that fails the frozen disk is lost, not the change. Before the
+    /// instant the change is only noted.
     pub fn before_change(&self, offset: u64, length: u64) {
         let regions = touched(offset, length);
+        if !self.frozen.load(Ordering::SeqCst) {
+            regions.for_each(|region| self.changed.insert(region));
+            return;
+        }
         let mut at = regions.start;
-        while at < regions.end && self.lost.get().is_none() {
-            let Some(region) = self.there.next(at).filter(|region| *region < regions.end) else { return };
+        while self.lost.get().is_none() {
+            let Some(region) = self.next_there(at..regions.end) else { return };
             if let Err(why) = self.put_aside(region) {
                 tracing::warn!(why, "a disk that is being committed cannot be kept as it was");
                 let _ = self.lost.set(why);
@@ -92,6 +108,17 @@ impl Frozen {
         fence(Ordering::SeqCst);
     }
 
+    /// The first of `regions` that is still in the overlay as it was.
+    fn next_there(&self, mut regions: Range<u64>) -> Option<u64> {
+        loop {
+            let region = self.changed.next(regions.start).filter(|region| *region < regions.end)?;
+            if !self.aside_now.contains(region) {
+                return Some(region);
+            }
+            regions.start = region + 1;
+        }
+    }
+
     /// The disk cannot be kept any more, for a reason.
     pub fn lost(&self) -> Option<&str> {
         self.lost.get().map(String::as_str)
@@ -100,7 +127,7 @@ impl Frozen {
     fn put_aside(&self, region: u64) -> Result<(), String> {
         let turn = usize::try_from(region % TURNS as u64).ok().and_then(|turn| self.turns.get(turn));
         let _turn = turn.map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner));
-        if !self.there.contains(region) {
+        if self.aside_now.contains(region) {
             return Ok(()); // somebody else was first
         }
         if self.put_aside.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOK)
@@ -125,7 +152,7 @@ impl Frozen {
             }
         }
         // Holes are not written: the file has been as long as the disk, and empty, from the beginning.
-        self.there.remove(region);
+        self.aside_now.insert(region);
         Ok(())
     }
 
@@ -138,10 +165,10 @@ impl Frozen {
             crate::exports::fill(&segments, buf);
             return Ok(());
         }
-        if self.there.contains(region) {
+        if !self.aside_now.contains(region) {
             self.overlay.read(offset, length, &mut segments).map_err(io::Error::other)?;
             fence(Ordering::SeqCst);
-            if self.there.contains(region) {
+            if !self.aside_now.contains(region) {
                 crate::exports::fill(&segments, buf);
                 return Ok(());
             }

@@ -6,10 +6,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::sync::broadcast;
 
 use crate::definition::MachineDefinition;
 use crate::mirror::Mirroring;
+use crate::qemu::guest_agent::AgentError;
 use crate::qemu::{AdoptError, StartError};
 
 /// A future that can cross threads, boxed so that the traits stay usable as objects.
@@ -48,6 +50,12 @@ pub trait Machine: Mirroring + Send + Sync + fmt::Debug {
 
     /// Lets them run again; after an I/O error the failed requests are repeated.
     fn resume(&self) -> Pending<'_, Result<(), MachineError>>;
+
+    /// Has the guest's agent run one command, and answers what it answers. The whole has `deadline`.
+    fn ask_agent(&self, command: &'static str, deadline: Duration) -> Pending<'_, Result<Value, AgentError>> {
+        let _ = (command, deadline);
+        Box::pin(async { Err(AgentError::Absent) })
+    }
 
     /// Presses the power button. The guest may ignore it.
     fn power_down(&self) -> Pending<'_, Result<(), MachineError>>;

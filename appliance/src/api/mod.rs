@@ -38,7 +38,7 @@ use crate::catalog::{ListedPoint, Listing};
 use crate::jobs::{Job, JobView, Jobs, Subject};
 use crate::problem::Problem;
 use crate::publish::ExportRequest;
-use crate::recovery::{CommitRequest, Order, RecoverRequest, RecoveryView};
+use crate::recovery::{CommitRequest, Order, RecoverRequest, RecoveryView, ScheduleRequest, Unchanged};
 use crate::rehydrate::RehydrateRequest;
 use crate::restore::{self, RestoreRequest};
 use crate::statistics::{self, Group};
@@ -81,6 +81,7 @@ fn rows(app: &App) -> Vec<Row<Arc<App>>> {
         Row::patch("/api/v1/recoveries/{name}/rehydration", OPERATOR, Reach::Recovery, steer),
         Row::post("/api/v1/recoveries/{name}/cutover", OPERATOR, Reach::Recovery, cut_over),
         Row::post("/api/v1/recoveries/{name}/commit", OPERATOR, Reach::Recovery, commit),
+        Row::put("/api/v1/recoveries/{name}/commits", OPERATOR, Reach::Recovery, schedule),
     ];
     let jobs = job_rows().into_iter().map(|row| row.with_state(app.jobs.clone()));
     let families = [drills::rows(), keys::rows(), files::rows(), retention::rows(), tokens::rows()];
@@ -342,10 +343,24 @@ async fn commit(
 ) -> Result<Response, Problem> {
     request.check()?;
     let machine = app.recoveries.view(&name)?.machine;
-    let commit = app.recoveries.commit(&name).await?;
+    // An asker who goes away must not leave the guest's file systems frozen.
+    let (recoveries, asked, wish) = (app.recoveries.clone(), name.clone(), request.consistency);
+    let work = tokio::spawn(async move { recoveries.commit(&asked, wish).await });
+    let commit = work.await.map_err(|error| Problem::failed("the commit ended badly", &error))??;
     let subject = Subject::from(format!("recovery {name}")).of(&machine);
-    let job = app.jobs.start("commit", subject, move |progress| to_value(&commit.run(&request, progress)?));
+    let job = app
+        .jobs
+        .start("commit", subject, move |progress| to_value(&commit.run(&request, progress, Unchanged::Commit)?));
     Ok(accepted(&job))
+}
+
+async fn schedule(
+    State(app): Shared,
+    Path(name): Path<String>,
+    Body(request): Body<ScheduleRequest>,
+) -> Answer<RecoveryView> {
+    let work = tokio::spawn(async move { app.recoveries.schedule(&name, request).await });
+    work.await.map_err(|error| Problem::failed("the change of the schedule ended badly", &error))?.map(Json)
 }
 
 async fn discard(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {

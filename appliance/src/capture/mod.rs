@@ -113,6 +113,12 @@ pub struct BackupResult {
     pub new: u64,
     /// Bytes that they take in the repository.
     pub stored: u64,
+    /// `crash` or `application`.
+    #[serde(default)]
+    pub consistency: String,
+    /// Of a commit: why it is no more than `crash`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why_crash: Option<String>,
     /// How long it took.
     pub seconds: f64,
 }
@@ -125,8 +131,18 @@ impl BackupResult {
             read: point.stats.read,
             new: point.stats.new_bytes,
             stored: point.stats.stored_bytes,
+            consistency: consistency_word(point.consistency).to_owned(),
+            why_crash: None,
             seconds: started.elapsed().as_secs_f64(),
         }
+    }
+}
+
+/// How it is written.
+pub fn consistency_word(consistency: Consistency) -> &'static str {
+    match consistency {
+        Consistency::Crash => "crash",
+        Consistency::Application => "application",
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockstore::error::ReadError;
-use blockstore::{Consistency, DrillId, Protected, RecoveryPoint, RecoveryPointId, Repository};
+use blockstore::{DrillId, Protected, RecoveryPoint, RecoveryPointId, Repository};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
@@ -131,11 +131,7 @@ impl PointSummary {
             disks,
             stored: point.stats.stored_bytes,
             labels: point.labels.clone(),
-            consistency: match point.consistency {
-                Consistency::Crash => "crash",
-                Consistency::Application => "application",
-            }
-            .to_owned(),
+            consistency: crate::capture::consistency_word(point.consistency).to_owned(),
             protected: false,
             protected_until: None,
             protection_damaged: false,

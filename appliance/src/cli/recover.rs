@@ -1,5 +1,6 @@
 //! `recover`, `recoveries`, `recovery` and `discard`.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
@@ -10,7 +11,9 @@ use super::connect::{Door, NOTHING};
 use super::{host, render};
 use crate::catalog::spec::short_id;
 use crate::problem::Problem;
-use crate::recovery::{DiskView, HypervisorKind, RecoverRequest, RecoveryView, RehydrationView};
+use crate::recovery::{
+    CommitsView, DiskView, HypervisorKind, RecoverRequest, RecoveryView, RehydrationView, Schedule, Wish,
+};
 use crate::signals::stop_signal;
 
 /// How often a new recovery is looked at for its first output.
@@ -25,6 +28,11 @@ pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Pro
         accel: args.accel.clone(),
         display: args.display.clone(),
         mac: args.mac.clone(),
+        commits: args.commit_every.map(|every_seconds| Schedule {
+            every_seconds,
+            consistency: Wish::Auto,
+            labels: BTreeMap::new(),
+        }),
         hardware: super::hardware::of(&args.made_of)?,
     };
     let started = admitted(door, "/api/v1/recoveries", Some(&request), args.admission).await?;
@@ -128,6 +136,7 @@ pub fn lines(view: &RecoveryView) -> Vec<String> {
     if let Some(pause) = timings.cutover_pause_ms {
         pairs.push(("held by cutover", format!("{pause} ms")));
     }
+    pairs.extend(view.commits.as_ref().map(|commits| ("commits", commits_line(commits))));
     for (at, command) in next_commands(view).into_iter().enumerate() {
         pairs.push((if at == 0 { "next" } else { "" }, command));
     }
@@ -142,6 +151,20 @@ pub fn lines(view: &RecoveryView) -> Vec<String> {
             .push(format!("its VM is off: `lifeboat start {name}` starts it again, `lifeboat discard {name}` ends it"));
     }
     lines
+}
+
+/// How often it is committed, and how that went.
+fn commits_line(commits: &CommitsView) -> String {
+    let mut parts = Vec::new();
+    parts.extend(commits.every_seconds.map(|every| format!("every {}", render::duration(every))));
+    parts.extend(commits.last_point.as_ref().map(|point| {
+        let time = commits.last_time.map_or(String::new(), |time| format!(" at {}", render::time(time)));
+        let how = commits.last_consistency.as_ref().map_or(String::new(), |how| format!(" ({how}-consistent)"));
+        format!("last {}{time}{how}", short_id(point))
+    }));
+    parts.extend(commits.next_time.map(|time| format!("next {}", render::time(time))));
+    parts.extend(commits.problem.as_ref().map(|problem| format!("FAILED: {problem}")));
+    parts.join(", ")
 }
 
 /// What can be done next, as it is typed.

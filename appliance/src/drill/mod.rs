@@ -82,6 +82,7 @@ impl DrillRequest {
     /// The machine that is asked for.
     fn machine(&self, point: &PointSummary) -> RecoverRequest {
         RecoverRequest {
+            commits: None,
             point: point.id.clone(),
             name: None,
             on: HypervisorKind::Qemu,

@@ -31,6 +31,7 @@ pub fn view(name: &str, problem: &Problem) -> RecoveryView {
         display: None,
         disks: Vec::new(),
         rehydration: None,
+        commits: None,
         next: vec!["discard".to_owned()],
         timings: Timings::default(),
         warnings: Vec::new(),

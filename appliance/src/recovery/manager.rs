@@ -7,9 +7,10 @@ use std::time::Duration;
 use blockstore::overlay::Overlay;
 use nbd_server::ExportTable;
 
-use super::commit::Commit;
+use super::commit::{Commit, Wish};
 use super::moving::Order;
 use super::one::{Context, Definition, Recovery};
+use super::schedule::{Schedule, ScheduleRequest};
 use super::state::State;
 use super::{HypervisorKind, RecoverRequest, RecoveryView};
 use crate::admission::{self, Admission, Ask, Capacity, Grant, Holder, Terms};
@@ -114,6 +115,7 @@ impl Recoveries {
         let name = request.name.as_deref().unwrap_or(&point.machine);
         crate::capture::check_name("recovery", name)?;
         super::machine::check(request, &point.disks)?;
+        request.commits.as_ref().map_or(Ok(()), Schedule::check)?;
         self.refuse_known(&self.lock(), name)?;
         self.admission.admit(name, request.ask(), terms, |granted, waiting| self.add_up(granted, waiting)).await
     }
@@ -240,8 +242,16 @@ impl Recoveries {
     }
 
     /// Freezes a recovery's disks at one instant, to be made a recovery point by [`Commit::run`].
-    pub async fn commit(&self, name: &str) -> Result<Commit, Problem> {
-        self.get(name)?.freeze().await
+    pub async fn commit(&self, name: &str, wish: Wish) -> Result<Commit, Problem> {
+        self.get(name)?.freeze(wish).await
+    }
+
+    /// Has a recovery committed every so often from now on, or no more.
+    pub async fn schedule(&self, name: &str, request: ScheduleRequest) -> Result<RecoveryView, Problem> {
+        request.schedule.as_ref().map_or(Ok(()), Schedule::check)?;
+        let recovery = self.get(name)?;
+        recovery.set_schedule(request.schedule).await?;
+        Ok(recovery.view())
     }
 
     /// Ends a recovery: VM, exports, overlays and sockets go. One that waits for memory has none of them yet.

@@ -8,7 +8,9 @@ mod machine;
 pub mod manager;
 mod moving;
 mod one;
+mod quiet;
 mod record;
+mod schedule;
 mod serving;
 pub mod state;
 mod view;
@@ -23,7 +25,7 @@ use crate::journal;
 use crate::rehydrate::Mode;
 use crate::statistics::Served;
 
-pub use commit::{Commit, CommitRequest};
+pub use commit::{Commit, CommitRequest, Unchanged, Wish};
 pub(crate) use machine::{
     check as check_machine, define as define_machine, files as machine_files, keep_variables,
     sockets as machine_sockets,
@@ -31,6 +33,7 @@ pub(crate) use machine::{
 pub use manager::Recoveries;
 pub use moving::Order;
 pub use one::Context;
+pub use schedule::{CommitsView, Schedule, ScheduleRequest};
 pub use state::State;
 
 /// What to run a recovery point on.
@@ -63,6 +66,9 @@ pub struct RecoverRequest {
     /// The network card's address: `keep` takes the machine's, else a new one is made from the recovery's name.
     #[serde(default)]
     pub mac: Option<String>,
+    /// How often it is to be committed, from the beginning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commits: Option<Schedule>,
     /// What the machine is made of, where it is not what the recovery point says. A recovery that exists has it all.
     #[serde(flatten)]
     pub hardware: Hardware,
@@ -117,6 +123,9 @@ pub struct RecoveryView {
     /// How the move to production storage stands, while there is one.
     #[serde(default)]
     pub rehydration: Option<RehydrationView>,
+    /// Its commits, if there were any or are to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commits: Option<CommitsView>,
     /// The commands that make sense now.
     #[serde(default)]
     pub next: Vec<String>,

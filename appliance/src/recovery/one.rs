@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use super::journal::Journal;
 use super::record::Record;
+use super::schedule::{self, Commits};
 use super::serving::Serving;
 use super::state::{Action, Event, State};
 use super::{RecoverRequest, Timings, watch};
@@ -21,6 +22,7 @@ use crate::admission::{Ask, Holder, host};
 use crate::catalog::DiskSummary;
 use crate::disks::OpenOverlay;
 use crate::exports::FirstRead;
+use crate::jobs::Jobs;
 use crate::problem::Problem;
 use crate::rehydrate::{LiveDisk, Plan, Stream, Watch};
 use crate::state_dir::StateDir;
@@ -34,6 +36,8 @@ pub struct Context {
     pub state: StateDir,
     /// The server whose limits all of them share.
     pub server: Server,
+    /// Long work.
+    pub jobs: Arc<Jobs>,
 }
 
 /// What a recovery is, fixed when it is asked for.
@@ -78,6 +82,7 @@ pub(super) struct Shown {
     pub(super) moving: Option<Watch>,
     /// How far a commit is, to cancel it.
     pub(super) committing: Option<Arc<Progress>>,
+    pub(super) commits: Commits,
     pub(super) table: Option<Arc<ExportTable>>,
     pub(super) timings: Timings,
 }
@@ -95,8 +100,6 @@ pub(super) struct Driver {
     pub(super) plan: Option<Plan>,
     /// Why nothing is copied for now.
     pub(super) held: Option<String>,
-    /// The last recovery point that was made of it.
-    pub(super) committed: Option<String>,
     pub(super) stream: Option<Stream>,
     pub(super) watchers: Vec<JoinHandle<()>>,
 }
@@ -278,6 +281,9 @@ impl Recovery {
             driver.watchers.push(tokio::spawn(watch::vm(self.clone(), vm.clone())));
         }
         driver.watchers.push(tokio::spawn(watch::room(self.clone())));
+        if driver.state.commits() && self.lock().commits.schedule.is_some() {
+            driver.watchers.push(tokio::spawn(schedule::run(self.clone())));
+        }
         if driver.stream.is_some() {
             driver.watchers.push(tokio::spawn(super::moving::watch(self.clone())));
         }
@@ -335,7 +341,6 @@ impl Driver {
             lease: None,
             plan: None,
             held: None,
-            committed: None,
             stream: None,
             watchers: Vec::new(),
         }

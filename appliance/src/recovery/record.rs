@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::Timings;
 use super::journal::Journal;
 use super::one::{Context, Definition, Driver, Recovery, Shown};
+use super::schedule::{Commits, Committed, Schedule};
 use super::state::State;
 use crate::exports::FirstRead;
 use crate::problem::{Kind, Problem};
@@ -27,7 +28,9 @@ pub(super) enum Record {
     /// Its disks are being moved like this; `held`: why nothing is copied for now.
     Move { plan: Box<Plan>, held: Option<String> },
     /// What the guest had written became this recovery point. All of it was durable in the overlays before.
-    Committed { point: String },
+    Committed(Committed),
+    /// How often it is to be committed from now on.
+    Schedule { schedule: Option<Schedule> },
     /// The state was entered.
     State { state: State, problem: Option<String> },
 }
@@ -60,7 +63,8 @@ impl Recovery {
             .map_err(|error| cannot(&error))?;
         sync_dir(&context.state.recoveries()).map_err(|error| cannot(&error))?;
         let driver = Driver::new(journal, State::Publishing);
-        Ok(Recovery::assemble(context, definition, dir, driver, None))
+        let commits = Commits::begin(&definition.request);
+        Ok(Recovery::assemble(context, definition, dir, driver, commits, None))
     }
 
     /// Reads back a recovery's journal. Nothing is served or changed yet. One that was never begun, because the power
@@ -88,6 +92,7 @@ impl Recovery {
         };
         let mut driver = Driver::new(journal, State::Publishing);
         let mut problem = None;
+        let mut commits = Commits::begin(&definition.request);
         for record in records {
             match record {
                 Record::Created { .. } => return Err(cannot(&io::Error::other("its journal begins twice"))),
@@ -96,14 +101,15 @@ impl Recovery {
                     driver.plan = Some(*plan);
                     driver.held = held;
                 }
-                Record::Committed { point } => driver.committed = Some(point),
+                Record::Committed(committed) => commits.last = Some(committed),
+                Record::Schedule { schedule } => commits.schedule = schedule,
                 Record::State { state, problem: why } => {
                     driver.state = state;
                     problem = why;
                 }
             }
         }
-        Ok(Some(Recovery::assemble(context, definition, dir, driver, problem)))
+        Ok(Some(Recovery::assemble(context, definition, dir, driver, commits, problem)))
     }
 
     fn assemble(
@@ -111,6 +117,7 @@ impl Recovery {
         definition: Definition,
         dir: PathBuf,
         driver: Driver,
+        commits: Commits,
         problem: Option<String>,
     ) -> Arc<Recovery> {
         let asked = Instant::now();
@@ -131,6 +138,7 @@ impl Recovery {
                 plan: driver.plan.clone().filter(|_| driver.state.moves()),
                 moving: None,
                 committing: None,
+                commits,
                 table: None,
                 timings: Timings::default(),
             }),

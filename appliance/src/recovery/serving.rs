@@ -104,6 +104,7 @@ impl Recovery {
             shown.uris.clear();
             shown.disks.clear();
             shown.table = None;
+            shown.commits.changes = None; // the next disks count anew
         });
     }
 

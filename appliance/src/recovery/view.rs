@@ -57,6 +57,7 @@ impl Recovery {
             display: qemu.then(|| machine::display_uri(&self.definition.request, &self.socket(VNC_SOCKET))).flatten(),
             disks: self.definition.disks.iter().enumerate().map(disk).collect(),
             rehydration: rehydration(&shown),
+            commits: shown.commits.view(),
             next: shown.state.next_steps().iter().map(|step| (*step).to_owned()).collect(),
             timings,
             warnings: Vec::new(),

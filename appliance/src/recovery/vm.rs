@@ -7,6 +7,7 @@ use hypervisor::{Hypervisor, Machine, QemuHypervisor};
 
 use super::HypervisorKind;
 use super::one::{Definition, Driver, Recovery};
+use super::quiet;
 use super::record::Record;
 use super::state::State;
 use crate::problem::Problem;
@@ -47,6 +48,7 @@ impl Recovery {
         if self.lock().vm.as_deref() != Some("shut-off") {
             return refuse("it has not ended");
         }
+        quiet::forget(self.dir());
         if cut_over {
             self.leave_exports(&mut driver, &mut machine).await?;
         }
@@ -75,7 +77,10 @@ impl Recovery {
     pub(super) async fn adopt(&self, driver: &mut Driver) {
         let Some(machine) = &driver.machine else { return };
         match QemuHypervisor.adopt(machine).await {
-            Ok(Some(vm)) => self.have_vm(driver, vm),
+            Ok(Some(vm)) => {
+                quiet::after_restart(self.dir(), &vm);
+                self.have_vm(driver, vm);
+            }
             Ok(None) => {
                 driver.vm = None;
                 self.show(|shown| {

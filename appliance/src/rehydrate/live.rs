@@ -53,6 +53,8 @@ struct Latency {
     micros: AtomicU64,
     requests: AtomicU64,
     changed: AtomicU64,
+    /// Requests that changed something, never taken away.
+    changes: AtomicU64,
 }
 
 impl LiveDisk {
@@ -138,6 +140,11 @@ impl LiveDisk {
         self.latency.changed.swap(0, Ordering::Relaxed)
     }
 
+    /// How many requests have changed something since the disk was opened.
+    pub fn changes(&self) -> u64 {
+        self.latency.changes.load(Ordering::Relaxed)
+    }
+
     fn backend(&self) -> Backend {
         self.backend.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -180,6 +187,7 @@ impl LiveDisk {
 
     fn note_change(&self, offset: u64, length: u64) {
         self.latency.changed.fetch_add(length, Ordering::Relaxed);
+        self.latency.changes.fetch_add(1, Ordering::Relaxed);
         if let Some(regions) = &*self.regions.read().unwrap_or_else(PoisonError::into_inner) {
             regions.changed(offset, length);
         }

@@ -298,6 +298,13 @@ impl<'s> Backup<'s> {
         u64::from_le_bytes(blake3::hash(text.as_bytes()).as_bytes().first_chunk().copied().unwrap_or_default())
     }
 
+    /// Whether all disks that were added are as in the parent, and it has no others: the point would say nothing new.
+    pub fn is_like_parent(&self) -> bool {
+        let Some(parent) = &self.parent else { return false };
+        let same = |(a, b): (&PointedDisk, &PointedDisk)| (&a.name, a.size, a.root) == (&b.name, b.size, b.root);
+        parent.disks.len() == self.disks.len() && parent.disks.iter().zip(&self.disks).all(same)
+    }
+
     /// Makes everything durable, compares a sample of it with the sources, and writes the recovery point.
     ///
     /// Order: (1) packs, (2) index runs, (3) the compare, (4) the point. A point before 1 or 2 could

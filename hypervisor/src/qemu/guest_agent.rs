@@ -68,6 +68,9 @@ pub enum AgentError {
         /// The command.
         command: String,
     },
+    /// This machine has no channel to an agent.
+    #[error("the machine has no guest agent channel")]
+    Absent,
     /// An earlier command was given up; connect again.
     #[error("guest agent: an earlier command was abandoned, connect again")]
     OutOfStep,

@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Mutex, broadcast};
 use tracing::{debug, info, warn};
 
+use self::guest_agent::{AgentError, GuestAgent};
 use self::mirror::Faults;
 use self::probe::Acceleration;
 use self::process::Process;
@@ -502,6 +503,14 @@ impl Machine for Qemu {
 
     fn resume(&self) -> Pending<'_, Result<(), MachineError>> {
         Box::pin(Qemu::resume(self))
+    }
+
+    fn ask_agent(&self, command: &'static str, deadline: Duration) -> Pending<'_, Result<Value, AgentError>> {
+        Box::pin(async move {
+            let until = Instant::now() + deadline;
+            let mut agent = GuestAgent::connect(&self.definition.files.guest_agent, deadline).await?;
+            agent.call(command, Value::Null, until.saturating_duration_since(Instant::now())).await
+        })
     }
 
     fn power_down(&self) -> Pending<'_, Result<(), MachineError>> {

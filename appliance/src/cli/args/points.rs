@@ -17,8 +17,8 @@ pub struct Init {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-What the machine is made of is kept with the recovery point, and `recover` goes by it. What is not given is taken from\n\
-the machine's newest point.")]
+What the machine is made of is kept with the recovery point, and `recover` goes by it. What is not\n\
+given is taken from the machine's newest point.")]
 pub struct Backup {
     /// What the machine is called
     pub machine: String,

@@ -18,8 +18,8 @@ pub struct Admission {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-What is not given of the machine is taken from the recovery point, and where that says nothing either: 2 GiB, 2 CPUs of\n\
-the host's model, q35, the firmware that the first disk boots with, virtio.")]
+What is not given of the machine is taken from the recovery point, and where that says nothing\n\
+either: 2 GiB, 2 CPUs of the host's model, q35, the firmware that the first disk boots with, virtio.")]
 pub struct Recover {
     /// An id prefix, MACHINE, MACHINE~1 or MACHINE@TIME
     #[arg(value_parser = NonEmptyStringValueParser::new())]
@@ -45,6 +45,9 @@ pub struct Recover {
     /// auto, kvm or tcg
     #[arg(long, default_value = "auto", env = "LIFEBOAT_ACCEL")]
     pub accel: String,
+    /// Commit it every so often from the beginning: 10m, 1h; see `commit --every`
+    #[arg(long, value_name = "DURATION", value_parser = crate::cli::collect::parse_duration)]
+    pub commit_every: Option<u64>,
     #[command(flatten)]
     pub admission: Admission,
     /// Wait this many seconds for the guest's first console output, to report when it came
@@ -54,15 +57,25 @@ pub struct Recover {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The point is of the recovery's machine, holds all its disks as they were at one instant, and is as consistent as after a\n\
-power cut. Only what the guest has changed is read. The recovery goes on as before.")]
+The point is of the recovery's machine and holds all its disks as they were at one instant. If the guest agent answers,\n\
+the guest's file systems are frozen for that instant; else the point is as consistent as after a power cut. Only what\n\
+the guest has changed is read. The recovery goes on as before.")]
 pub struct Commit {
     /// What the recovery is called
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub name: String,
     /// Keep KEY=VALUE with the recovery point
-    #[arg(long = "label", value_name = "KEY=VALUE")]
+    #[arg(long = "label", value_name = "KEY=VALUE", conflicts_with = "off")]
     pub labels: Vec<String>,
+    /// application: fail if the guest agent does not freeze the file systems; crash: do not ask it
+    #[arg(long, default_value = "auto", value_parser = ["auto", "application", "crash"], conflicts_with = "off")]
+    pub consistency: String,
+    /// Not now but every so often from now on, if the guest has written: 10m, 1h. Survives restarts
+    #[arg(long, value_name = "DURATION", value_parser = crate::cli::collect::parse_duration, conflicts_with = "off")]
+    pub every: Option<u64>,
+    /// No longer commit it by itself
+    #[arg(long)]
+    pub off: bool,
 }
 
 #[derive(Debug, Args)]
