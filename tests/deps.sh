@@ -48,6 +48,7 @@ fdisk               sfdisk
 dosfstools          mkfs.vfat
 mtools              mcopy
 cpio                cpio
+mmdebstrap          mmdebstrap
 binutils            readelf
 xz-utils            xz
 zstd                zstd
