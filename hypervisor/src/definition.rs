@@ -53,6 +53,38 @@ pub struct MachineDefinition {
     /// The QEMU program; `qemu-system-x86_64` from the path when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub binary: Option<PathBuf>,
+    /// The libvirt domain that it is; a QEMU of our own when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<Domain>,
+}
+
+/// A libvirt domain. Its name, and where the bytes of its disks are, are those of the [`MachineDefinition`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Domain {
+    /// Which libvirt.
+    pub uri: String,
+    /// What it is found again by.
+    pub uuid: String,
+    /// Its description.
+    pub xml: String,
+    /// What it calls its disks (`vda`), in their order.
+    pub targets: Vec<String>,
+    /// Whether libvirt keeps it while it is shut off.
+    #[serde(default)]
+    pub keep: Keep,
+}
+
+/// Whether libvirt keeps a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Keep {
+    /// It is gone when it ends.
+    #[default]
+    Transient,
+    /// Its definition stays until the recovery ends.
+    Persistent,
+    /// It has left its recovery, and stays when that ends.
+    Production,
 }
 
 /// A disk.
@@ -347,6 +379,7 @@ impl MachineDefinition {
             errors: ErrorPolicy::default(),
             mac_address: None,
             binary: None,
+            domain: None,
         }
     }
 

@@ -29,6 +29,13 @@ pub trait Hypervisor: Send + Sync {
         &'a self,
         definition: &'a MachineDefinition,
     ) -> Pending<'a, Result<Option<Arc<dyn Machine>>, AdoptError>>;
+
+    /// Makes what the hypervisor itself keeps of a machine (a persistent domain) agree with the definition, so that the
+    /// machine's next start is by it. The machine may run.
+    fn redefine<'a>(&'a self, definition: &'a MachineDefinition) -> Pending<'a, Result<(), AdoptError>>;
+
+    /// Removes what the hypervisor itself keeps of a machine that has ended. Fine if there is nothing.
+    fn forget<'a>(&'a self, definition: &'a MachineDefinition) -> Pending<'a, Result<(), AdoptError>>;
 }
 
 /// A machine that was started. Dropping the value leaves it running.
@@ -240,6 +247,14 @@ pub enum MachineError {
         name: String,
         /// Which and why.
         source: crate::qemu::qmp::CommandError,
+    },
+    /// libvirt did not do it.
+    #[error("machine {name}")]
+    Libvirt {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: crate::libvirt::LibvirtError,
     },
     /// It runs on although it was killed.
     #[error("process {pid} of machine {name} does not go away")]

@@ -238,7 +238,7 @@ fn network(machine: &MachineDefinition, line: &mut Line) {
 }
 
 /// What of a disk's name can be a serial number everywhere.
-fn serial(name: &str) -> String {
+pub(crate) fn serial(name: &str) -> String {
     name.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')).take(MAX_SERIAL).collect()
 }
 

@@ -92,6 +92,14 @@ pub enum AdoptError {
         /// Its process.
         pid: u32,
     },
+    /// libvirt did not do it.
+    #[error("domain {name} cannot be found again")]
+    Libvirt {
+        /// The machine.
+        name: String,
+        /// Why.
+        source: crate::libvirt::LibvirtError,
+    },
     /// A file of the machine.
     #[error("machine {name}: cannot read {}", path.display())]
     Io {
@@ -474,6 +482,14 @@ impl Hypervisor for QemuHypervisor {
         definition: &'a MachineDefinition,
     ) -> Pending<'a, Result<Option<Arc<dyn Machine>>, AdoptError>> {
         Box::pin(async move { Ok(Qemu::adopt(definition).await?.map(|qemu| Arc::new(qemu) as Arc<dyn Machine>)) })
+    }
+
+    fn redefine<'a>(&'a self, _definition: &'a MachineDefinition) -> Pending<'a, Result<(), AdoptError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn forget<'a>(&'a self, _definition: &'a MachineDefinition) -> Pending<'a, Result<(), AdoptError>> {
+        Box::pin(async { Ok(()) })
     }
 }
 

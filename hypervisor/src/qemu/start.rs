@@ -120,6 +120,14 @@ pub enum StartError {
         /// Why.
         source: Option<Box<AdoptError>>,
     },
+    /// libvirt did not do it.
+    #[error("domain {name} cannot be started")]
+    Libvirt {
+        /// The machine.
+        name: String,
+        /// Why.
+        source: crate::libvirt::LibvirtError,
+    },
     /// It started but its processors do not run.
     #[error("machine {name} was started but does not run")]
     NotRunning {
@@ -187,7 +195,7 @@ async fn running(machine: &MachineDefinition) -> Option<u32> {
         Ok(Some(qemu)) => Some(qemu.process_id()),
         Err(AdoptError::Unreachable { pid, .. } | AdoptError::OtherMachine { pid, .. }) => Some(pid),
         // A pid file nobody can read stops QEMU itself, which then says why.
-        Err(AdoptError::Definition { .. } | AdoptError::Io { .. }) => None,
+        Err(AdoptError::Definition { .. } | AdoptError::Io { .. } | AdoptError::Libvirt { .. }) => None,
     }
 }
 
