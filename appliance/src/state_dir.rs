@@ -15,7 +15,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -95,6 +95,12 @@ impl StateDir {
         }
         let digest = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
         runtime_dir().join(format!("{}.sock", &digest[..24]))
+    }
+
+    /// The same in a folder that every user may pass through, but not read: what lies there is its owner's.
+    pub fn shared_path(&self, path: PathBuf) -> PathBuf {
+        let digest = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
+        shared_dir().join(format!("{}.sock", &digest[..24]))
     }
 
     /// The names of recoveries that have a folder, whatever their state.
@@ -178,6 +184,27 @@ fn runtime_dir() -> PathBuf {
     } else {
         PathBuf::from(format!("/tmp/lifeboat-{}", user.as_raw()))
     }
+}
+
+/// The folder for sockets that another user is given; only root gives any away.
+fn shared_dir() -> PathBuf {
+    PathBuf::from("/run/lifeboat-shared")
+}
+
+/// Makes the folder of [`StateDir::shared_path`], which must be ours.
+pub fn make_shared_dir() -> io::Result<()> {
+    let dir = shared_dir();
+    match fs::DirBuilder::new().mode(0o711).create(&dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(&dir)?;
+    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o022 != 0 {
+        let message = format!("{} is not a folder that only this user may change", dir.display());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+    }
+    // The mask of this process may have taken the passage.
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o711))
 }
 
 /// Makes the runtime folder, and makes sure that it is ours alone: in a folder that all may write to, somebody else may

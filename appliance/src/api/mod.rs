@@ -38,7 +38,7 @@ use crate::catalog::{ListedPoint, Listing};
 use crate::jobs::{Job, JobView, Jobs, Subject};
 use crate::problem::Problem;
 use crate::publish::ExportRequest;
-use crate::recovery::{CommitRequest, Order, RecoverRequest, RecoveryView, ScheduleRequest, Unchanged};
+use crate::recovery::{CommitRequest, HypervisorKind, Order, RecoverRequest, RecoveryView, ScheduleRequest, Unchanged};
 use crate::rehydrate::RehydrateRequest;
 use crate::restore::{self, RestoreRequest};
 use crate::statistics::{self, Group};
@@ -63,6 +63,7 @@ fn rows(app: &App) -> Vec<Row<Arc<App>>> {
     let own = vec![
         Row::get("/healthz", Need::Nobody, Reach::Whole, health),
         Row::get("/metrics", VIEWER, Reach::Whole, metrics),
+        Row::get("/api/v1/machines", OPERATOR, Reach::Whole, list_machines),
         Row::get("/api/v1/points", VIEWER, Reach::Judged, list_points),
         Row::post("/api/v1/points", OPERATOR, Reach::Whole, back_up),
         Row::get("/api/v1/points/{point}", VIEWER, Reach::Judged, show_point),
@@ -147,6 +148,21 @@ struct PointsQuery {
 /// Runs work that touches the repository where it may block.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> + Send + 'static) -> Result<T, Problem> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed("the operation ended badly", &error))?
+}
+
+#[derive(Debug, Deserialize)]
+struct MachinesQuery {
+    on: String,
+}
+
+async fn list_machines(Query(query): Query<MachinesQuery>) -> Answer<Vec<capture::MachineView>> {
+    match HypervisorKind::parse(&query.on)? {
+        HypervisorKind::Libvirt(uri) => capture::machines(&uri).await.map(Json),
+        HypervisorKind::Qemu | HypervisorKind::None => {
+            Err(Problem::usage(format!("`{}` has no list of machines", query.on))
+                .hint("name a libvirt: --on libvirt:qemu:///system"))
+        }
+    }
 }
 
 async fn list_points(State(app): Shared, caller: Caller, Query(query): Query<PointsQuery>) -> Answer<Vec<ListedPoint>> {

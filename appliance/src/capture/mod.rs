@@ -1,5 +1,6 @@
 //! Backup: opens the sources of a machine's disks and stores them as one recovery point.
 
+mod libvirt;
 mod ova;
 mod source;
 
@@ -11,6 +12,7 @@ use std::time::Instant;
 use blockstore::{Consistency, PointDetails, Progress, RecoveryPoint, Repository, Source};
 use serde::{Deserialize, Serialize};
 
+pub use libvirt::{DomainSpec, MachineView, machines};
 pub(crate) use source::absolute_certificates;
 pub use source::{NbdSource, is_uri, parse_source, parse_sources};
 
@@ -42,8 +44,12 @@ pub struct SourceSpec {
 pub struct BackupRequest {
     /// The machine.
     pub machine: String,
-    /// Its disks in order.
+    /// Its disks in order; none of a domain, which has its own.
+    #[serde(default)]
     pub sources: Vec<SourceSpec>,
+    /// The libvirt domain that it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<DomainSpec>,
     /// Kept with the point.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -59,9 +65,13 @@ impl BackupRequest {
     /// Checks names, and that no disk is named twice.
     pub fn check(&self) -> Result<(), Problem> {
         check_name("machine", &self.machine)?;
-        if self.sources.is_empty() {
-            return Err(Problem::usage(format!("machine {} has no disk to back up", self.machine))
-                .hint("name at least one image file, block device or NBD URI"));
+        if self.domain.is_some() && self.sources.is_empty() {
+            return check_labels(&self.labels);
+        }
+        if self.domain.is_some() || self.sources.is_empty() {
+            return Err(Problem::usage(format!("machine {} has no disk to back up", self.machine)).hint(
+                "name at least one image file, block device or NBD URI, or one libvirt:DOMAIN and nothing else",
+            ));
         }
         let mut seen = HashSet::new();
         for source in &self.sources {
@@ -183,9 +193,39 @@ pub fn back_up(
     request: &BackupRequest,
     progress: &Arc<Progress>,
 ) -> Result<BackupResult, Problem> {
+    let Some(domain) = &request.domain else {
+        return store(repository, parent, request, open_all, Consistency::Crash, progress);
+    };
+    let runtime = tokio::runtime::Handle::current();
+    let captured = runtime.block_on(libvirt::capture(domain))?;
+    let consistency = if domain.freeze { Consistency::Application } else { Consistency::Crash };
+    // What the command line says goes before what the domain is.
+    let read = BackupRequest {
+        sources: captured.sources.clone(),
+        domain: None,
+        hardware: request.hardware.clone().over(captured.hardware.clone()),
+        ..request.clone()
+    };
+    let open = |_: &BackupRequest| {
+        let disks = captured.sources.iter().zip(&captured.formats);
+        disks.map(|(spec, format)| Ok((spec.disk.clone(), source::open_known(spec, format.as_deref())?))).collect()
+    };
+    let result = store(repository, parent, &read, open, consistency, progress);
+    runtime.block_on(captured.release());
+    result
+}
+
+fn store(
+    repository: &Repository,
+    parent: Option<&RecoveryPoint>,
+    request: &BackupRequest,
+    open: impl FnOnce(&BackupRequest) -> Result<NamedSources, Problem>,
+    consistency: Consistency,
+    progress: &Arc<Progress>,
+) -> Result<BackupResult, Problem> {
     request.check()?;
     let started = Instant::now();
-    let sources = open_all(request)?;
+    let sources = open(request)?;
     progress.expect(sources.iter().fold(0, |sum, (_, source)| sum.saturating_add(source.size())));
     let failed = |error: &blockstore::BackupError| Problem::from_backup(&request.machine, error);
     let mut backup =
@@ -198,11 +238,7 @@ pub fn back_up(
         backup.add_disk(disk, source.as_ref()).map_err(|error| failed(&error))?;
     }
     let point = backup
-        .seal(PointDetails {
-            labels: request.labels.clone(),
-            consistency: Consistency::Crash,
-            hardware: request.hardware(parent),
-        })
+        .seal(PointDetails { labels: request.labels.clone(), consistency, hardware: request.hardware(parent) })
         .map_err(|error| failed(&error))?;
     Ok(BackupResult::of(&point, started))
 }
@@ -217,6 +253,7 @@ mod tests {
             machine: machine.into(),
             sources: disks.iter().map(source).collect(),
             labels: BTreeMap::new(),
+            domain: None,
             format: None,
             hardware: Hardware::default(),
         }

@@ -70,15 +70,24 @@ pub(crate) fn absolute_certificates(location: &str) -> Result<String, Problem> {
     Ok(uri.to_string())
 }
 
-/// Live machines are captured through their hypervisor, which is not part of this release.
+/// Live machines are not disks.
 fn refuse_live(location: &str) -> Result<(), Problem> {
     for (scheme, what) in [("libvirt:", "a libvirt domain"), ("qmp:", "a running QEMU")] {
         if location.starts_with(scheme) && !Path::new(location).exists() {
             return Err(Problem::usage(format!("cannot back up {what} by its name ({location})"))
-                .hint("name its disk images, or an NBD URI that serves them"));
+                .hint("a libvirt domain is backed up by itself: lifeboat backup libvirt:DOMAIN; else name disk images or NBD URIs"));
         }
     }
     Ok(())
+}
+
+/// Opens a source whose format is known, whatever it is; `None` for an export.
+pub fn open_known(spec: &SourceSpec, format: Option<&str>) -> Result<Box<dyn Source>, Problem> {
+    match format {
+        None | Some("raw" | "qcow2") => open(spec, format),
+        // The others cannot be taken for anything else.
+        Some(_) => open(spec, None),
+    }
 }
 
 /// Opens a source. A format that the image library does not read goes through qemu-nbd.

@@ -180,6 +180,7 @@ fn describe(command: &Command) -> String {
     match command {
         Command::Init(_) => "init".to_owned(),
         Command::Backup(args) => format!("backup {}", args.machine),
+        Command::Machines(_) => "machines".to_owned(),
         Command::Points(_) => "points".to_owned(),
         Command::Show(args) => format!("show {}", args.point),
         Command::Protect(args) => format!("protect {}", args.point),

@@ -149,6 +149,7 @@ async fn run(cli: Cli) -> Result<(), Problem> {
 async fn perform(door: &Door, global: &args::Global, command: &Command) -> Result<(), Problem> {
     match command {
         Command::Backup(args) => backup::run(door, global, args).await,
+        Command::Machines(args) => backup::machines(door, global, args).await,
         Command::Points(args) => points::list(door, global, args).await,
         Command::Show(args) => points::show(door, global, args).await,
         Command::Protect(args) => retention::protect(door, global, args).await,

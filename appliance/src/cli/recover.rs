@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
+use hypervisor::Keep;
 
 use super::args::{Admission, Global, Name, Recover, Recovery, Start};
 use super::client::segment;
@@ -12,7 +13,7 @@ use super::{host, render};
 use crate::catalog::spec::short_id;
 use crate::problem::Problem;
 use crate::recovery::{
-    CommitsView, DiskView, HypervisorKind, RecoverRequest, RecoveryView, RehydrationView, Schedule, Wish,
+    CommitsView, DiskView, HypervisorKind, Identity, RecoverRequest, RecoveryView, RehydrationView, Schedule, Wish,
 };
 use crate::signals::stop_signal;
 
@@ -34,6 +35,9 @@ pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Pro
             labels: BTreeMap::new(),
         }),
         hardware: super::hardware::of(&args.made_of)?,
+        keep: if args.persistent { Keep::Persistent } else { Keep::Transient },
+        identity: if args.keep_identity { Identity::Keep } else { Identity::Fresh },
+        runs_as: None,
     };
     let started = admitted(door, "/api/v1/recoveries", Some(&request), args.admission).await?;
     let view = wait_for_console(door, started, Duration::from_secs(args.wait)).await?;
@@ -71,7 +75,7 @@ async fn admitted(
 /// Looks at the recovery until its guest has written to the console, has ended, or time is up.
 async fn wait_for_console(door: &Door, mut view: RecoveryView, limit: Duration) -> Result<RecoveryView, Problem> {
     let since = Instant::now();
-    while view.hypervisor == HypervisorKind::Qemu && view.timings.first_console_ms.is_none() && view.pid.is_some() {
+    while view.hypervisor != HypervisorKind::None && view.timings.first_console_ms.is_none() && view.pid.is_some() {
         if since.elapsed() > limit {
             render::note("the guest has not written to its serial console yet");
             break;
@@ -115,7 +119,10 @@ pub fn lines(view: &RecoveryView) -> Vec<String> {
     let free = free.map_or(String::new(), |free| format!(", {} free", render::bytes(free)));
     let written = view.disks.iter().map(|disk| disk.overlay).sum();
     pairs.push(("overlay", format!("{}{free}", render::bytes(written))));
+    let domain = view.domain.as_ref();
     let optional = [
+        ("on", Some(String::from(view.hypervisor.clone())).filter(|_| domain.is_some())),
+        ("domain", domain.map(|domain| format!("{} {} ({})", domain.name, domain.uuid, kept(domain.keep)))),
         ("vm", view.vm.clone()),
         ("accelerator", view.accelerator.clone()),
         ("pid", view.pid.map(|pid| pid.to_string())),
@@ -165,6 +172,13 @@ fn commits_line(commits: &CommitsView) -> String {
     parts.extend(commits.next_time.map(|time| format!("next {}", render::time(time))));
     parts.extend(commits.problem.as_ref().map(|problem| format!("FAILED: {problem}")));
     parts.join(", ")
+}
+
+fn kept(keep: Keep) -> &'static str {
+    match keep {
+        Keep::Transient => "transient",
+        Keep::Persistent | Keep::Production => "persistent",
+    }
 }
 
 /// What can be done next, as it is typed.

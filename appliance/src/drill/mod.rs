@@ -15,6 +15,7 @@ mod traced;
 mod warm;
 mod watch;
 
+use hypervisor::Keep;
 use serde::{Deserialize, Serialize};
 
 pub use batch::{Plan, plan, run_all};
@@ -25,7 +26,7 @@ pub use warm::warm;
 use crate::catalog::PointSummary;
 use crate::hardware::Hardware;
 use crate::problem::Problem;
-use crate::recovery::{HypervisorKind, RecoverRequest};
+use crate::recovery::{HypervisorKind, Identity, RecoverRequest};
 use course::{CheckView, Stage, Times};
 
 /// What to drill, and how to judge it.
@@ -91,6 +92,9 @@ impl DrillRequest {
             display: "none".to_owned(),
             mac: None,
             hardware: self.hardware.clone(),
+            keep: Keep::Transient,
+            identity: Identity::Fresh,
+            runs_as: None,
         }
     }
 

@@ -22,6 +22,7 @@ pub fn view(name: &str, problem: &Problem) -> RecoveryView {
         state: State::Failed,
         problem: Some(problem.to_string()),
         hypervisor: HypervisorKind::None,
+        domain: None,
         accelerator: None,
         vm: None,
         pid: None,

@@ -9,8 +9,9 @@ use blockstore::base::Segment;
 use blockstore::overlay::Overlay;
 use hypervisor::{Accelerator, DiskSource, Display, Firmware, MachineDefinition, MachineDisk, MachineFiles, Network};
 
-use super::RecoverRequest;
 use super::firmware::{self, Boots};
+use super::one::NBD_SOCKET;
+use super::{HypervisorKind, RecoverRequest};
 use crate::catalog::DiskSummary;
 use crate::hardware::{self, Attached, Hardware, Variables, parse};
 use crate::problem::Problem;
@@ -25,10 +26,23 @@ const VNC_PORT_MIN: u16 = 5900;
 /// Refuses a request that no machine can be made of, before anything exists.
 pub fn check(request: &RecoverRequest, disks: &[DiskSummary]) -> Result<(), Problem> {
     request.hardware.check(disks.iter().map(|disk| disk.name.as_str()))?;
-    parse::<Network>(&request.network)?;
+    network(request)?;
     parse::<Accelerator>(&request.accel)?;
     display(&request.display, Path::new("vnc.sock"))?;
     mac(request).map(drop)
+}
+
+/// Where the network card leads to.
+fn network(request: &RecoverRequest) -> Result<Network, Problem> {
+    if request.network != super::domain::ORIGINAL {
+        return parse(&request.network);
+    }
+    match (&request.on, &request.hardware.domain_xml) {
+        // The domain knows.
+        (HypervisorKind::Libvirt(_), Some(_)) => Ok(Network::None),
+        _ => Err(Problem::usage("only a domain that was backed up from libvirt has networks of its own to go back to")
+            .hint("use --network none, user, isolated or bridge:NAME")),
+    }
 }
 
 /// The network card's address; `None` where a new one is to be made.
@@ -77,7 +91,7 @@ pub async fn define(
     let disk = |disk: &DiskSummary| {
         Ok(MachineDisk {
             name: disk.name.clone(),
-            source: DiskSource::Export { socket: socket("nbd.sock"), export: disk.name.clone() },
+            source: DiskSource::Export { socket: socket(NBD_SOCKET), export: disk.name.clone() },
             bus: request.hardware.bus_of(&disk.name)?,
         })
     };
@@ -89,7 +103,7 @@ pub async fn define(
         firmware,
         machine_type: request.hardware.machine_type().to_owned(),
         disks,
-        network: parse(&request.network)?,
+        network: network(request)?,
         card: request.hardware.card()?,
         mac_address: mac(request)?,
         display: display(&request.display, &socket(VNC_SOCKET))?,
@@ -101,7 +115,7 @@ pub async fn define(
 /// All sockets of the recovery in folder `dir`, which may lie elsewhere.
 pub fn sockets(dir: &Path, socket: impl Fn(&str) -> PathBuf) -> [PathBuf; 5] {
     let files = files(dir, &socket);
-    [socket("nbd.sock"), files.control(), files.qmp, files.guest_agent, socket(VNC_SOCKET)]
+    [socket(NBD_SOCKET), files.control(), files.qmp, files.guest_agent, socket(VNC_SOCKET)]
 }
 
 /// Where the screen of a recovery is shown, as people are told.

@@ -12,7 +12,7 @@ use super::moving::Order;
 use super::one::{Context, Definition, Recovery};
 use super::schedule::{Schedule, ScheduleRequest};
 use super::state::State;
-use super::{HypervisorKind, RecoverRequest, RecoveryView};
+use super::{RecoverRequest, RecoveryView};
 use crate::admission::{self, Admission, Ask, Capacity, Grant, Holder, Terms};
 use crate::catalog::PointSummary;
 use crate::disks;
@@ -137,10 +137,11 @@ impl Recoveries {
     ///
     /// One that does not come up is taken away again before the failure is returned, unless it was not new.
     pub async fn start(&self, point: &PointSummary, prepared: Prepared, grant: Grant) -> Result<RecoveryView, Problem> {
-        let Prepared { request, mut warnings } = prepared;
+        let Prepared { mut request, mut warnings } = prepared;
         let name = request.name.clone().unwrap_or_else(|| point.machine.clone());
         crate::capture::check_name("recovery", &name)?;
         super::machine::check(&request, &point.disks)?;
+        super::domain::prepare(&name, &mut request).await?;
         let definition = Definition {
             name: name.clone(),
             point: point.id.clone(),
@@ -157,8 +158,9 @@ impl Recoveries {
         };
         match recovery.bring_up().await {
             Ok(()) => {
-                warnings.extend(grant.warnings.iter().cloned());
-                Ok(RecoveryView { warnings, ..recovery.view() })
+                let view = recovery.view();
+                warnings.extend(grant.warnings.iter().chain(&view.warnings).cloned());
+                Ok(RecoveryView { warnings, ..view })
             }
             Err(problem) => {
                 match recovery.discard().await {
@@ -327,17 +329,6 @@ async fn retry(recovery: Arc<Recovery>) {
         match recovery.take_up().await {
             Ok(()) => return,
             Err(problem) => recovery.note_problem(&problem),
-        }
-    }
-}
-
-impl HypervisorKind {
-    /// From the command line's `--on`.
-    pub fn parse(text: &str) -> Result<HypervisorKind, Problem> {
-        match text {
-            "qemu" => Ok(HypervisorKind::Qemu),
-            "none" => Ok(HypervisorKind::None),
-            other => Err(Problem::usage(format!("cannot recover on `{other}`")).hint("use --on qemu or --on none")),
         }
     }
 }

@@ -3,6 +3,7 @@
 
 mod broken;
 mod commit;
+pub mod domain;
 pub mod firmware;
 mod machine;
 pub mod manager;
@@ -17,6 +18,7 @@ mod view;
 mod vm;
 mod watch;
 
+use hypervisor::Keep;
 use serde::{Deserialize, Serialize};
 
 use crate::admission::Ask;
@@ -36,12 +38,14 @@ pub use one::Context;
 pub use schedule::{CommitsView, Schedule, ScheduleRequest};
 pub use state::State;
 
-/// What to run a recovery point on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+/// What to run a recovery point on: `qemu`, `libvirt:URI` or `none`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum HypervisorKind {
     /// A QEMU of our own.
     Qemu,
+    /// A domain of the libvirt at this URI.
+    Libvirt(String),
     /// Nothing: the exports are all that is asked for.
     None,
 }
@@ -72,6 +76,26 @@ pub struct RecoverRequest {
     /// What the machine is made of, where it is not what the recovery point says. A recovery that exists has it all.
     #[serde(flatten)]
     pub hardware: Hardware,
+    /// Of a libvirt domain: whether its definition stays when it ends.
+    #[serde(default)]
+    pub keep: Keep,
+    /// Of a libvirt domain: whether it is told from the original.
+    #[serde(default)]
+    pub identity: Identity,
+    /// The user that libvirt's QEMU runs as, if other than ours; found out when the recovery begins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runs_as: Option<u32>,
+}
+
+/// Whether a recovered domain is told from the original.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Identity {
+    /// It gets a new UUID, and its network cards new addresses.
+    #[default]
+    Fresh,
+    /// It has the original's, beside which it then cannot run.
+    Keep,
 }
 
 fn no_display() -> String {
@@ -82,7 +106,9 @@ impl RecoverRequest {
     /// What its VM takes of the host.
     pub fn ask(&self) -> Ask {
         match self.on {
-            HypervisorKind::Qemu => Ask { memory: self.hardware.memory(), cpus: self.hardware.cpus() },
+            HypervisorKind::Qemu | HypervisorKind::Libvirt(_) => {
+                Ask { memory: self.hardware.memory(), cpus: self.hardware.cpus() }
+            }
             HypervisorKind::None => Ask { memory: 0, cpus: 0 },
         }
     }
@@ -101,8 +127,11 @@ pub struct RecoveryView {
     pub state: state::State,
     /// Why it failed, if it did.
     pub problem: Option<String>,
-    /// `qemu` or `none`.
+    /// `qemu`, `libvirt:URI` or `none`.
     pub hypervisor: HypervisorKind,
+    /// The libvirt domain that the VM is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<DomainView>,
     /// `kvm` or `tcg`, and why if it was chosen.
     pub accelerator: Option<String>,
     /// What the VM does: `running`, `paused`, `io-error`, `shut-off`, ...; absent without a VM.
@@ -134,6 +163,17 @@ pub struct RecoveryView {
     /// What was odd about the host when the VM was started, in the answer to that.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+}
+
+/// A recovery's libvirt domain as the API shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainView {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// `transient` or `persistent`.
+    pub keep: Keep,
 }
 
 /// A rehydration as the API shows it.

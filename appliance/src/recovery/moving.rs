@@ -6,13 +6,13 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use blockstore::overlay::Overlay;
-use hypervisor::{DiskSource, MachineDefinition};
+use hypervisor::{DiskSource, Keep, MachineDefinition};
 use nbd_server::{Endpoint, NbdUri};
 use serde::{Deserialize, Serialize};
 
 use super::HypervisorKind;
 use super::journal::{Journal, JournalError};
-use super::one::{Driver, Recovery};
+use super::one::{Driver, NBD_SOCKET, Recovery};
 use super::record::Record;
 use super::state::{Event, State};
 use crate::problem::Problem;
@@ -190,6 +190,7 @@ impl Recovery {
                     shown.timings.cutover_pause_ms = Some(millis);
                 });
                 drop(stream);
+                self.redefine_vm(&mut driver).await;
                 self.remove_overlays();
                 self.release_lease(&mut driver);
                 self.watch(&mut driver);
@@ -312,10 +313,10 @@ impl Recovery {
 
     /// Whether somebody still reaches the disks through Lifeboat: any client, or a VM that was started on its exports.
     pub(super) fn needs_exports(&self, driver: &Driver) -> bool {
-        match (self.definition.request.on, &driver.machine) {
+        match (&self.definition.request.on, &driver.machine) {
             (HypervisorKind::None, _) | (_, None) => true,
-            (HypervisorKind::Qemu, Some(machine)) => {
-                driver.vm.is_some() && uses_exports(machine, &self.socket("nbd.sock"))
+            (HypervisorKind::Qemu | HypervisorKind::Libvirt(_), Some(machine)) => {
+                driver.vm.is_some() && uses_exports(machine, &self.socket(NBD_SOCKET))
             }
         }
     }
@@ -327,11 +328,20 @@ impl Recovery {
         machine: &mut MachineDefinition,
     ) -> Result<(), Problem> {
         self.retire(driver).await;
+        self.name_production(driver, machine)?;
+        self.note_machine(driver, machine)
+    }
+
+    /// Lets a machine's definition name production storage alone.
+    pub(super) fn name_production(&self, driver: &Driver, machine: &mut MachineDefinition) -> Result<(), Problem> {
         let Some(plan) = &driver.plan else { return Ok(()) };
         for (disk, planned) in machine.disks.iter_mut().zip(&plan.disks) {
             disk.source = source_of(&planned.place)?;
         }
-        self.note_machine(driver, machine)
+        if let Some(domain) = machine.domain.as_mut().filter(|domain| domain.keep == Keep::Persistent) {
+            domain.keep = Keep::Production;
+        }
+        Ok(())
     }
 }
 

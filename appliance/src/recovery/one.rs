@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use blockstore::{Lease, Progress, Repository};
-use hypervisor::Machine;
+use hypervisor::{Keep, Machine};
 use nbd_server::{ExportTable, Server};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
@@ -17,7 +17,7 @@ use super::record::Record;
 use super::schedule::{self, Commits};
 use super::serving::Serving;
 use super::state::{Action, Event, State};
-use super::{RecoverRequest, Timings, watch};
+use super::{DomainView, RecoverRequest, Timings, watch};
 use crate::admission::{Ask, Holder, host};
 use crate::catalog::DiskSummary;
 use crate::disks::OpenOverlay;
@@ -26,6 +26,9 @@ use crate::jobs::Jobs;
 use crate::problem::Problem;
 use crate::rehydrate::{LiveDisk, Plan, Stream, Watch};
 use crate::state_dir::StateDir;
+
+/// The socket of a recovery's NBD server.
+pub(super) const NBD_SOCKET: &str = "nbd.sock";
 
 /// What all recoveries of a process share.
 #[derive(Debug)]
@@ -85,6 +88,9 @@ pub(super) struct Shown {
     pub(super) commits: Commits,
     pub(super) table: Option<Arc<ExportTable>>,
     pub(super) timings: Timings,
+    pub(super) domain: Option<DomainView>,
+    /// What of a domain is not as the original was.
+    pub(super) changes: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -147,6 +153,7 @@ impl Recovery {
                 if self.needs_exports(&driver) {
                     self.serve_again(&mut driver).await?;
                 }
+                self.redefine_vm(&mut driver).await;
                 self.remove_overlays();
                 self.release_lease(&mut driver);
                 self.watch(&mut driver);
@@ -183,7 +190,7 @@ impl Recovery {
         let mut driver = self.driver.lock().await;
         if driver.state == State::CutOver {
             self.adopt(&mut driver).await;
-            if driver.vm.is_some() {
+            if driver.vm.is_some() && !driver.in_production() {
                 let name = &self.definition.name;
                 return Err(Problem::refused(format!("recovery {name} is cut over, and its VM is in production"))
                     .hint("shut the VM down first; its disks stay where they are"));
@@ -249,6 +256,7 @@ impl Recovery {
         }
         self.stop_copying(driver).await;
         self.stop_vm(driver).await;
+        self.forget_vm(driver).await?;
         self.retire(driver).await;
         let cannot = |error: &io::Error| {
             Problem::failed(format!("cannot remove all of recovery {}", self.definition.name), error)
@@ -291,7 +299,11 @@ impl Recovery {
 
     /// Where a socket of this recovery lies.
     pub(super) fn socket(&self, name: &str) -> PathBuf {
-        self.context.state.short_path(self.dir.join(name))
+        let path = self.dir.join(name);
+        match self.definition.request.runs_as {
+            Some(_) if name == NBD_SOCKET => self.context.state.shared_path(path),
+            _ => self.context.state.short_path(path),
+        }
     }
 
     /// What its VM holds of the host, while it lives.
@@ -344,6 +356,14 @@ impl Driver {
             stream: None,
             watchers: Vec::new(),
         }
+    }
+
+    /// Whether its VM is a domain that has left the recovery.
+    pub(super) fn in_production(&self) -> bool {
+        self.machine
+            .as_ref()
+            .and_then(|machine| machine.domain.as_ref())
+            .is_some_and(|domain| domain.keep == Keep::Production)
     }
 
     pub(super) fn stop_watchers(&mut self) {

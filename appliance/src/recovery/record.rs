@@ -141,6 +141,8 @@ impl Recovery {
                 commits,
                 table: None,
                 timings: Timings::default(),
+                domain: driver.machine.as_ref().and_then(super::domain::view),
+                changes: Vec::new(),
             }),
             driver: tokio::sync::Mutex::new(driver),
         })

@@ -10,7 +10,7 @@ use nbd_server::{ExportTable, Listen};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::one::{Definition, Driver, Recovery};
+use super::one::{Definition, Driver, NBD_SOCKET, Recovery};
 use super::state::State;
 use crate::disks::{self, OpenOverlay};
 use crate::exports::{FirstRead, OverlayExport};
@@ -47,7 +47,11 @@ impl Recovery {
         .await
         .map_err(|error| Problem::failed("cannot publish the disks", &error))??;
         driver.lease = lease;
-        let socket = self.socket("nbd.sock");
+        let socket = self.socket(NBD_SOCKET);
+        if self.definition.request.runs_as.is_some() {
+            crate::state_dir::make_shared_dir()
+                .map_err(|error| Problem::failed("cannot make the folder of the disks' socket", &error))?;
+        }
         let listener = self
             .context
             .server
@@ -55,6 +59,7 @@ impl Recovery {
             .bind(&Listen::Unix(socket))
             .await
             .map_err(|error| Problem::from_listen(&error))?;
+        self.open_socket()?;
         let mut uris = Vec::new();
         for disk in &self.definition.disks {
             uris.push(listener.uri(&disks::export_name(&disk.name)?));

@@ -15,8 +15,9 @@ impl Recovery {
     /// What the API shows.
     pub fn view(&self) -> RecoveryView {
         let shown = self.lock();
-        let qemu = self.definition.request.on == HypervisorKind::Qemu;
-        let path = |name: &str| qemu.then(|| self.dir.join(name).display().to_string());
+        let on = &self.definition.request.on;
+        let qemu = *on == HypervisorKind::Qemu;
+        let path = |name: &str| (*on != HypervisorKind::None).then(|| self.dir.join(name).display().to_string());
         let socket = |name: &str| qemu.then(|| self.socket(name).display().to_string());
         let moves = shown.moving.as_ref().map_or(&[][..], |moving| moving.moves());
         let planned = |at: usize| shown.plan.as_ref().and_then(|plan| plan.disks.get(at));
@@ -47,7 +48,8 @@ impl Recovery {
             machine: self.definition.machine.clone(),
             state: shown.state,
             problem: shown.problem.clone(),
-            hypervisor: self.definition.request.on,
+            hypervisor: on.clone(),
+            domain: shown.domain.clone(),
             accelerator: shown.accelerator.clone(),
             vm: shown.vm.clone(),
             pid: shown.pid,
@@ -60,7 +62,7 @@ impl Recovery {
             commits: shown.commits.view(),
             next: shown.state.next_steps().iter().map(|step| (*step).to_owned()).collect(),
             timings,
-            warnings: Vec::new(),
+            warnings: shown.changes.clone(),
         }
     }
 }

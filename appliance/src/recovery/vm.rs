@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hypervisor::{Hypervisor, Machine, QemuHypervisor};
+use hypervisor::Machine;
 
 use super::HypervisorKind;
 use super::one::{Definition, Driver, Recovery};
@@ -25,8 +25,10 @@ impl Recovery {
         let Definition { request, name, disks, .. } = &self.definition;
         let machine =
             super::machine::define(request, name, disks, overlay, self.dir(), |name| self.socket(name)).await?;
+        let (machine, changes) = super::domain::define(machine, request)?;
         self.note_machine(driver, &machine)?;
-        let vm = QemuHypervisor.start(&machine).await.map_err(|error| {
+        self.show(|shown| shown.changes = changes);
+        let vm = self.hypervisor().start(&machine).await.map_err(|error| {
             Problem::failed(format!("cannot start the VM of recovery {}", self.definition.name), &error)
         })?;
         self.have_vm(driver, vm);
@@ -52,7 +54,8 @@ impl Recovery {
         if cut_over {
             self.leave_exports(&mut driver, &mut machine).await?;
         }
-        let vm = QemuHypervisor
+        let vm = self
+            .hypervisor()
             .start(&machine)
             .await
             .map_err(|error| Problem::failed(format!("cannot start the VM of recovery {name}"), &error))?;
@@ -71,12 +74,46 @@ impl Recovery {
             .append(&Record::Vm { machine: Box::new(machine.clone()) })
             .map_err(|error| Problem::failed("cannot note how the VM is started", &error))?;
         driver.machine = Some(machine.clone());
+        self.show(|shown| shown.domain = super::domain::view(machine));
         Ok(())
+    }
+
+    /// Takes away what the hypervisor keeps of a VM that has ended.
+    pub(super) async fn forget_vm(&self, driver: &Driver) -> Result<(), Problem> {
+        let Some(machine) = driver.machine.as_ref().filter(|_| !driver.in_production()) else { return Ok(()) };
+        self.hypervisor().forget(machine).await.map_err(|error| {
+            Problem::failed(format!("cannot take away the VM of recovery {}", self.definition.name), &error)
+                .hint("discard it again when the cause is gone")
+        })
+    }
+
+    /// After a cutover: whatever the hypervisor keeps of the VM names production storage alone from now on.
+    pub(super) async fn redefine_vm(&self, driver: &mut Driver) {
+        let Some(mut machine) = driver.machine.clone() else { return };
+        let redefined = match self.name_production(driver, &mut machine) {
+            Ok(()) => self.hypervisor().redefine(&machine).await.map_err(|error| crate::problem::chain(&error)),
+            Err(problem) => Err(problem.to_string()),
+        };
+        let noted = match redefined {
+            // As long as it runs on an export, it is what it was started as.
+            Ok(()) if machine.domain.is_some() && !self.needs_exports(driver) => {
+                self.note_machine(driver, &machine).map_err(|problem| problem.to_string())
+            }
+            other => other,
+        };
+        if let Err(error) = noted {
+            let name = &self.definition.name;
+            tracing::error!(recovery = %name, error, "the hypervisor does not know the VM's new disks");
+            self.show(|shown| {
+                shown.problem =
+                    Some(format!("the VM runs on, but its definition does not name its new disks: {error}"));
+            });
+        }
     }
 
     pub(super) async fn adopt(&self, driver: &mut Driver) {
         let Some(machine) = &driver.machine else { return };
-        match QemuHypervisor.adopt(machine).await {
+        match self.hypervisor().adopt(machine).await {
             Ok(Some(vm)) => {
                 quiet::after_restart(self.dir(), &vm);
                 self.have_vm(driver, vm);
@@ -109,6 +146,10 @@ impl Recovery {
         driver.stop_watchers();
         if driver.vm.is_none() {
             self.adopt(driver).await;
+        }
+        // A domain that is in production is no longer ours to stop.
+        if driver.in_production() {
+            driver.vm = None;
         }
         if let Some(vm) = driver.vm.take()
             && let Err(error) = vm.quit(QUIT_GRACE).await

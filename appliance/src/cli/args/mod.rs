@@ -21,7 +21,7 @@ use crate::problem::Problem;
 pub use drill::{Drill, Drills};
 pub use files::{Cp, Find, Ls, Mount};
 pub use machine::MachineArgs;
-pub use points::{Backup, Forget, Init, Points, Protect, Restore, Show, ShowPoint};
+pub use points::{Backup, Forget, Init, Machines, Points, Protect, Restore, Show, ShowPoint};
 pub use recovery::{Admission, Commit, Name, Recover, Recoveries, Recovery, Rehydrate, Start};
 pub use serve::{Export, Serve, Tls};
 pub use size::parse_size;
@@ -111,6 +111,8 @@ pub enum Command {
     Init(Init),
     /// Back up a machine's disks as a recovery point
     Backup(Backup),
+    /// List the domains of a libvirt, to back them up
+    Machines(Machines),
     /// List recovery points
     Points(Points),
     /// Show one recovery point

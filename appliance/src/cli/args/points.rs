@@ -20,12 +20,18 @@ pub struct Init {
 What the machine is made of is kept with the recovery point, and `recover` goes by it. What is not\n\
 given is taken from the machine's newest point.")]
 pub struct Backup {
-    /// What the machine is called
+    /// What the machine is called; libvirt:DOMAIN or libvirt:URI#DOMAIN alone is that domain, with all its disks
     pub machine: String,
     /// An image file or block device (raw, qcow2, or what qemu-nbd opens), an OVA by itself, or an nbd:// or nbd+unix:// URI;
     /// NAME=SOURCE names the disk, else they are disk0, disk1 and so on
-    #[arg(required = true, value_name = "SOURCE")]
+    #[arg(value_name = "SOURCE")]
     pub sources: Vec<String>,
+    /// Which libvirt knows the domain [default: qemu:///system, or qemu:///session without root]
+    #[arg(long, env = "LIBVIRT_DEFAULT_URI", value_name = "URI")]
+    pub connect: Option<String>,
+    /// Let the agent in the domain's guest freeze its file systems for the instant, or make no backup
+    #[arg(long)]
+    pub freeze: bool,
     /// Keep KEY=VALUE with the recovery point
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub labels: Vec<String>,
@@ -105,4 +111,11 @@ pub struct Restore {
     /// Read everything back afterwards and compare it
     #[arg(long)]
     pub verify: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Machines {
+    /// libvirt:URI [default: libvirt:qemu:///system, or qemu:///session without root]
+    #[arg(long, value_name = "HYPERVISOR")]
+    pub on: Option<String>,
 }

@@ -27,7 +27,7 @@ pub struct Recover {
     /// What the recovery is called [default: the machine]
     #[arg(long)]
     pub name: Option<String>,
-    /// `qemu` starts a VM; `none` only serves the disks
+    /// `qemu` starts a VM, `libvirt:URI` defines and starts a domain (libvirt:qemu:///system); `none` only serves the disks
     #[arg(long, default_value = "qemu")]
     pub on: String,
     #[command(flatten)]
@@ -39,12 +39,18 @@ pub struct Recover {
     /// every user of this host; from 5900 on)
     #[arg(long, default_value = "none", value_name = "WHERE")]
     pub display: String,
-    /// none, user, isolated or bridge:NAME
+    /// none, user, isolated or bridge:NAME; on libvirt `original` too, the captured domain's own
     #[arg(long, default_value = "none")]
     pub network: String,
     /// auto, kvm or tcg
     #[arg(long, default_value = "auto", env = "LIFEBOAT_ACCEL")]
     pub accel: String,
+    /// libvirt: keep the domain defined when it is shut off
+    #[arg(long)]
+    pub persistent: bool,
+    /// libvirt: keep the original's UUID and the addresses of its network cards; the original must be gone
+    #[arg(long)]
+    pub keep_identity: bool,
     /// Commit it every so often from the beginning: 10m, 1h; see `commit --every`
     #[arg(long, value_name = "DURATION", value_parser = crate::cli::collect::parse_duration)]
     pub commit_every: Option<u64>,
