@@ -20,6 +20,10 @@ qemu-utils          qemu-img
 qemu-utils          qemu-nbd
 qemu-utils          qemu-io
 ovmf                /usr/share/OVMF/OVMF_CODE_4M.fd
+libvirt-dev         /usr/include/libvirt/libvirt-qemu.h
+libvirt-daemon      libvirtd
+libvirt-daemon-driver-qemu /usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so
+libvirt-clients     virsh
 libnbd-bin          nbdinfo
 libnbd-bin          nbdcopy
 python3-libnbd      python:nbd

@@ -3,6 +3,7 @@
 mod console;
 mod data;
 mod guest;
+mod libvirtd;
 mod machine;
 mod random;
 pub mod raw;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 pub use console::{Console, number_after};
 pub use data::{assert_same_bytes, copy_sparse};
 pub use guest::{Guest, guest};
+pub use libvirtd::{Libvirtd, wait_for_domain};
 pub use machine::{Firmware, Machine};
 pub use random::{Random, rounds, seed};
 pub use sandbox::{Running, Sandbox, kill};
