@@ -18,7 +18,7 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 readonly MIB=$((1024 * 1024))
 readonly ESP_MIB=34
 readonly ROOT_MIB=700
-readonly FILES_MAX=400 # checksummed at every boot, read from disk each time
+readonly FILES_MAX=150 # checksummed at every boot, read from disk each time
 readonly EPOCH=1700000000
 readonly KERNEL_OPTIONS='console=ttyS0,115200 root=LABEL=debian-root rw quiet loglevel=4 panic=1 mitigations=off
     random.trust_cpu=on cryptomgr.notests no_timer_check i8042.noaux i8042.nokbd systemd.show_status=false'
@@ -79,13 +79,13 @@ configure() {
 ExecStart=
 ExecStart=-/sbin/agetty --autologin root --noclear --keep-baud 115200 %I vt220
 UNIT
-    # A login hangs the console up, so it is opened for each line anew.
+    # A login hangs the console up, so it is opened for each line anew, and until that succeeds.
     write /etc/systemd/system/witness.service <<'UNIT'
 [Unit]
 Description=Says what it finds on the disk, and counts durably
 After=systemd-remount-fs.service systemd-journald.service
 [Service]
-ExecStart=/bin/sh -c '/usr/local/sbin/witness | while IFS= read -r line; do echo "$line" >/dev/ttyS0; done'
+ExecStart=/bin/sh -c '/usr/local/sbin/witness | while IFS= read -r line; do until echo "$line" >/dev/ttyS0; do sleep 0.1; done; done'
 [Install]
 WantedBy=multi-user.target
 UNIT
