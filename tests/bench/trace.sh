@@ -73,7 +73,7 @@ measure_trace() {
     done
     [ -e "$guests/guest-oneshot.raw" ] || { skip "trace: no guest in $guests"; return; }
     failed="trace: the guest did not come up"
-    new_repository trace --no-encryption
+    new_repository trace
     "$lifeboat" backup vm "$guests/guest-oneshot.raw" >/dev/null
     "$lifeboat" drill vm --memory 512M --accel "$accel" --expect 'LIFEBOAT-GUEST: up' >/dev/null \
         || { skip 'trace: the drill failed'; return; }
