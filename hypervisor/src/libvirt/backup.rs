@@ -64,10 +64,17 @@ impl Backup {
         backup.end_left().await?;
         if freeze == Freeze::Yes {
             let frozen = backup.on_domain("freeze the guest's file systems", FREEZE_DEADLINE, ffi::freeze).await;
-            if let Err(error) = frozen {
-                // It may have frozen some, or all and only the answer is late.
-                backup.thaw().await;
-                return Err(error);
+            match frozen {
+                Ok(_) => {}
+                // The domain has no channel for an agent: nothing is frozen.
+                Err(LibvirtError::Refused { what, reason: Reason::Unsupported, message }) => {
+                    return Err(LibvirtError::Refused { what, reason: Reason::NoAgent, message });
+                }
+                Err(error) => {
+                    // It may have frozen some, or all and only the answer is late.
+                    backup.thaw().await;
+                    return Err(error);
+                }
             }
         }
         let begin = move |domain: &Domain| ffi::backup_begin(domain, &description, None);
