@@ -90,7 +90,7 @@ pub struct MirrorProgress {
 pub enum Copying {
     /// It runs.
     Running,
-    /// It was told to wait.
+    /// It was told to wait; seen once it may also be a moment's pause that the hypervisor makes by itself.
     Paused,
     /// Something failed; it waits to be resumed.
     Stalled {

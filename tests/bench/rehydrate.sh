@@ -28,7 +28,7 @@ convert_peer() {
     began=$(now)
     qemu-img convert -f raw -O raw -t writeback "$uri" "$place/converted.raw" 2>>"$place/servers.log" || return 1
     note rehydrate.copy.peer "$(since "$began")"
-    qemu-img compare -s -f raw -F raw "$uri" "$place/converted.raw" >>"$place/servers.log" 2>&1 || return 1
+    qemu-img compare -f raw -F raw "$uri" "$place/converted.raw" >>"$place/servers.log" 2>&1 || return 1
     note rehydrate.proven.peer "$(since "$began")"
     rm "$place/converted.raw"
 }

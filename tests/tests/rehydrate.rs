@@ -26,7 +26,7 @@ fn a_guest_moves_to_production_storage_through_kill_minus_nine_and_keeps_all_it_
     console.wait_for("seq 5");
     let target = sandbox.name("production.raw");
     assert!(sandbox.fails(5, &["cutover", "vm"]).contains("running"));
-    sandbox.ok(&["rehydrate", "vm", "--to", &target, "--limit", "24M", "--detach"]);
+    sandbox.ok(&["rehydrate", "vm", "--to", &target, "--mode", "stream", "--limit", "24M", "--detach"]);
     assert!(sandbox.fails(5, &["cutover", "vm"]).contains("not everything"));
     assert!(sandbox.fails(5, &["rehydrate", "vm", "--to", &sandbox.name("other.raw")]).contains("rehydrating"));
     for _ in 0..2 {

@@ -27,7 +27,9 @@ pub async fn run(door: &Door, global: &Global, args: &Rehydrate) -> Result<(), P
             let request = RehydrateRequest {
                 targets: args.to.iter().map(|text| parse_target(text)).collect::<Result<_, _>>()?,
                 mode: match args.mode.as_deref() {
-                    None | Some("stream") => Mode::Stream,
+                    None => None,
+                    Some("stream") => Some(Mode::Stream),
+                    Some("mirror") => Some(Mode::Mirror),
                     Some(other) => return Err(Problem::usage(format!("there is no mode `{other}`"))),
                 },
                 format: args.format.clone(),

@@ -3,10 +3,12 @@
 
 mod broken;
 mod commit;
+mod cutover;
 pub mod domain;
 pub mod firmware;
 mod machine;
 pub mod manager;
+mod mirroring;
 mod moving;
 mod one;
 mod quiet;
@@ -14,6 +16,7 @@ mod record;
 mod schedule;
 mod serving;
 pub mod state;
+mod streaming;
 mod view;
 mod vm;
 mod watch;
@@ -179,9 +182,9 @@ pub struct DomainView {
 /// A rehydration as the API shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RehydrationView {
-    /// `stream`.
+    /// `mirror` or `stream`.
     pub mode: Mode,
-    /// `copying`, `ready`, `retrying` or `held`.
+    /// `copying`, `comparing`, `ready`, `retrying` or `held`.
     pub phase: String,
     /// Bytes a second at most.
     pub limit: Option<u64>,

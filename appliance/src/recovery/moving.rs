@@ -1,31 +1,24 @@
 //! A recovery's way back to production storage: rehydration and cutover. The rules: docs/design/rehydration.md
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use blockstore::overlay::Overlay;
-use hypervisor::{DiskSource, Keep, MachineDefinition};
+use hypervisor::{DiskSource, Keep, MachineDefinition, MachineDisk};
 use nbd_server::{Endpoint, NbdUri};
 use serde::{Deserialize, Serialize};
 
 use super::HypervisorKind;
-use super::journal::{Journal, JournalError};
 use super::one::{Driver, NBD_SOCKET, Recovery};
 use super::record::Record;
 use super::state::{Event, State};
 use crate::problem::Problem;
-use crate::rehydrate::{
-    self, CopyError, LiveDisk, Move, Opening, Phase, Place, Plan, Regions, RehydrateRequest, Stream,
-};
+use crate::rehydrate::{Mirror, Mirrored, Mode, Move, Opening, Phase, Place, Plan, RehydrateRequest, Stream};
 
 /// How often the copying is looked at.
 const LOOK: Duration = Duration::from_millis(100);
 /// A recovery that was ready is no longer when the copying has been behind for this many looks.
 const BEHIND: u32 = 50;
-/// How often a journal that cannot be written is tried again while the guest waits.
-const JOURNAL_RETRY: Duration = Duration::from_secs(1);
 
 const PAUSED: &str = "paused by its user";
 
@@ -51,11 +44,13 @@ pub(super) async fn watch(recovery: Arc<Recovery>) {
         let state = recovery.lock().state;
         let event = match (&phase, state) {
             (Phase::Ready, State::Rehydrating) => Event::FullyHydrated,
-            (Phase::Copying | Phase::Retrying(_), State::ReadyForCutover) if behind < BEHIND => {
+            (Phase::Copying | Phase::Comparing | Phase::Retrying(_), State::ReadyForCutover) if behind < BEHIND => {
                 behind += 1;
                 continue;
             }
-            (Phase::Copying | Phase::Retrying(_) | Phase::Held(_), State::ReadyForCutover) => Event::FellBehind,
+            (Phase::Copying | Phase::Comparing | Phase::Retrying(_) | Phase::Held(_), State::ReadyForCutover) => {
+                Event::FellBehind
+            }
             (Phase::Held(_), State::Rehydrating) => Event::FellBehind,
             _ => {
                 behind = 0;
@@ -91,6 +86,15 @@ pub(super) async fn watch(recovery: Arc<Recovery>) {
     }
 }
 
+/// Who copies.
+#[derive(Debug)]
+pub(super) enum Moving {
+    /// Lifeboat.
+    Stream(Stream),
+    /// QEMU.
+    Mirror(Mirror),
+}
+
 impl Recovery {
     /// Begins to move the disks.
     pub async fn rehydrate(self: &Arc<Self>, request: &RehydrateRequest) -> Result<(), Problem> {
@@ -100,15 +104,33 @@ impl Recovery {
             return Err(Problem::refused(format!("recovery {name} is {}, and cannot be rehydrated", driver.state))
                 .hint(format!("`lifeboat recovery {name}` shows what can be done")));
         }
-        let plan = Plan::make(&self.definition.disks, request)?;
+        let mode = match (request.mode, self.no_mirror(&driver).await) {
+            (Some(Mode::Stream), _) => Mode::Stream,
+            (Some(Mode::Mirror), Some(why)) => {
+                return Err(Problem::refused(format!("the disks of recovery {name} cannot be mirrored: {why}"))
+                    .hint("`--mode stream` copies them for whoever uses them"));
+            }
+            (Some(Mode::Mirror) | None, None) => Mode::Mirror,
+            (None, Some(why)) => {
+                tracing::info!(recovery = %name, why, "the disks are streamed, not mirrored");
+                Mode::Stream
+            }
+        };
+        let plan = Plan::make(&self.definition.disks, request, mode)?;
         let opening = if request.overwrite { Opening::Overwrite } else { Opening::New };
-        let moves = self.open_targets(&plan, opening).await?;
+        let opened = self.open(&driver, &plan, opening).await?;
         driver.plan = Some(plan);
-        let begun = self.note_move(&mut driver, None).and_then(|()| {
-            self.enter(&mut driver, Event::RehydrateRequested, None)?;
-            self.begin(&mut driver, moves)
-        });
+        let mut begun = self.note_move(&mut driver, None);
+        if begun.is_ok() {
+            begun = self.enter(&mut driver, Event::RehydrateRequested, None).map(drop);
+        }
+        if begun.is_ok() {
+            begun = self.begin(&mut driver, opened).await;
+        }
         if let Err(problem) = begun {
+            if driver.state == State::Rehydrating && self.cancel_mirror(&mut driver).await.is_ok() {
+                self.enter(&mut driver, Event::RehydrationCancelled, None)?;
+            }
             if driver.state == State::Running {
                 self.forget_targets(&mut driver);
             }
@@ -130,8 +152,10 @@ impl Recovery {
         }
         match order {
             Order::Pause => {
-                if let Some(stream) = &mut driver.stream {
-                    tokio::task::block_in_place(|| stream.hold(PAUSED));
+                match &mut driver.moving {
+                    Some(Moving::Stream(stream)) => tokio::task::block_in_place(|| stream.hold(PAUSED)),
+                    Some(Moving::Mirror(mirror)) => mirror.hold(PAUSED).await.map_err(|error| cannot_copy(&error))?,
+                    None => {}
                 }
                 if driver.state == State::ReadyForCutover {
                     self.enter(&mut driver, Event::FellBehind, None)?;
@@ -140,14 +164,26 @@ impl Recovery {
             }
             Order::Resume => {
                 self.note_move(&mut driver, None)?;
-                match &mut driver.stream {
-                    Some(stream) => {
+                match &mut driver.moving {
+                    Some(Moving::Stream(stream)) => {
                         tokio::task::block_in_place(|| stream.go_on()).map_err(|error| cannot_copy(&error))?
                     }
-                    None => self.move_on(&mut driver).await?,
+                    // The VM may be another one by now.
+                    Some(Moving::Mirror(_)) | None => {
+                        self.stop_copying(&mut driver).await;
+                        self.move_on(&mut driver).await?;
+                    }
                 }
             }
             Order::Cancel => {
+                if driver.mirrors() {
+                    if let Some(disk) = self.moved(&driver).iter().position(|moved| *moved) {
+                        let name = self.definition.disks.get(disk).map_or("", |disk| &disk.name);
+                        return Err(Problem::refused(format!("disk {name} is on production storage already"))
+                            .hint(format!("`lifeboat rehydrate {} --resume` moves the others, too", self.name())));
+                    }
+                    self.cancel_mirror(&mut driver).await?;
+                }
                 self.stop_copying(&mut driver).await;
                 self.enter(&mut driver, Event::RehydrationCancelled, None)?;
                 self.forget_targets(&mut driver);
@@ -157,56 +193,6 @@ impl Recovery {
         Ok(())
     }
 
-    /// Moves the guest onto the copy. The order: docs/design/rehydration.md
-    pub async fn cut_over(self: &Arc<Self>) -> Result<(), Problem> {
-        let mut driver = self.driver.lock().await;
-        let name = self.name().to_owned();
-        if driver.state == State::Rehydrating {
-            return Err(Problem::refused(format!("not everything of recovery {name} is on production storage yet"))
-                .hint(format!("`lifeboat recovery {name}` shows how far it is")));
-        }
-        let problem = |error: &CutoverError| {
-            Problem::failed(format!("recovery {name} is not cut over, its guest runs on as before"), error)
-        };
-        self.enter(&mut driver, Event::CutoverRequested, None)?;
-        driver.stop_watchers();
-        let Some(mut stream) = driver.stream.take() else {
-            self.enter(&mut driver, Event::SwitchFailed, None)?;
-            return Err(Problem::refused(format!("recovery {name} is not being copied"))
-                .hint(format!("`lifeboat rehydrate {name} --resume`")));
-        };
-        let journal = &mut driver.journal;
-        let outcome = tokio::task::block_in_place(|| stream.cut_over(|| decide(journal)));
-        match outcome {
-            Ok(pause) => {
-                // The journal has it already.
-                (driver.state, _) = driver.state.apply(Event::Switched);
-                let millis = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
-                tracing::info!(recovery = %name, pause_ms = millis, "recovery cut over");
-                self.show(|shown| {
-                    shown.state = State::CutOver;
-                    shown.problem = None;
-                    shown.moving = None;
-                    shown.timings.cutover_pause_ms = Some(millis);
-                });
-                drop(stream);
-                self.redefine_vm(&mut driver).await;
-                self.remove_overlays();
-                self.release_lease(&mut driver);
-                self.watch(&mut driver);
-                Ok(())
-            }
-            Err(error) => {
-                let problem = problem(&error);
-                driver.stream = Some(stream);
-                self.enter(&mut driver, Event::SwitchFailed, None)?;
-                self.note_move(&mut driver, Some(crate::problem::chain(&error)))?;
-                self.watch(&mut driver);
-                Err(problem.hint(format!("when the cause is gone: `lifeboat rehydrate {name} --resume`")))
-            }
-        }
-    }
-
     /// After a restart: copies on from where it was, unless that is held.
     pub(super) async fn move_on(self: &Arc<Self>, driver: &mut Driver) -> Result<(), Problem> {
         if driver.state == State::CuttingOver {
@@ -214,58 +200,41 @@ impl Recovery {
         } else if driver.state == State::ReadyForCutover {
             self.enter(driver, Event::FellBehind, None)?;
         }
+        self.leave_moved_behind(driver);
         self.show(|shown| shown.problem = driver.held.clone());
-        if driver.held.is_some() || driver.stream.is_some() {
+        if driver.held.is_some() || driver.moving.is_some() {
             return Ok(());
         }
         let Some(plan) = driver.plan.clone() else {
             return self.enter(driver, Event::RehydrationCancelled, None).map(drop);
         };
-        match self.open_targets(&plan, Opening::Again).await {
-            Ok(moves) => self.begin(driver, moves),
+        let begun = match self.open(driver, &plan, Opening::Again).await {
+            Ok(opened) => self.begin(driver, opened).await,
+            Err(problem) => Err(problem),
+        };
+        match begun {
+            Ok(()) => Ok(()),
             // The guest needs no target; somebody has to look at this one.
             Err(problem) => self.note_move(driver, Some(problem.to_string())),
         }
     }
 
-    async fn open_targets(&self, plan: &Plan, opening: Opening) -> Result<Vec<Move>, Problem> {
-        let disks = self.lock().disks.clone();
-        let (plan, summaries) = (plan.clone(), self.definition.disks.clone());
-        let notes = self.dir().join("disks");
-        let open = move || {
-            let mut moves: Vec<Move> = Vec::new();
-            for ((planned, disk), live) in plan.disks.iter().zip(&summaries).zip(disks) {
-                let checkpoint = notes.join(&disk.name).join("hydrated");
-                match open_one(&planned.place, &disk.name, disk.size, live, checkpoint, opening) {
-                    Ok(one) => moves.push(one),
-                    Err(problem) => {
-                        if opening != Opening::Again {
-                            remove_made(&Plan { disks: plan.disks[..moves.len()].to_vec(), ..plan.clone() });
-                        }
-                        return Err(problem);
-                    }
-                }
-            }
-            Ok(moves)
-        };
-        tokio::task::spawn_blocking(open).await.map_err(|error| cannot_copy(&error))?
+    async fn open(&self, driver: &Driver, plan: &Plan, opening: Opening) -> Result<Opened, Problem> {
+        match plan.mode {
+            Mode::Stream => self.open_targets(plan, opening).await.map(Opened::Stream),
+            Mode::Mirror => self.open_mirrored(driver, plan, opening).await.map(Opened::Mirror),
+        }
     }
 
-    fn begin(&self, driver: &mut Driver, moves: Vec<Move>) -> Result<(), Problem> {
-        let limit = driver.plan.as_ref().and_then(|plan| plan.limit);
-        let stream =
-            tokio::task::block_in_place(|| Stream::start(moves, limit)).map_err(|error| cannot_copy(&error))?;
-        let (watch, plan) = (stream.watch(), driver.plan.clone());
-        self.show(|shown| {
-            shown.moving = Some(watch);
-            shown.plan = plan;
-        });
-        driver.stream = Some(stream);
-        Ok(())
+    async fn begin(&self, driver: &mut Driver, opened: Opened) -> Result<(), Problem> {
+        match opened {
+            Opened::Stream(moves) => self.begin_stream(driver, moves),
+            Opened::Mirror(disks) => self.begin_mirror(driver, disks).await,
+        }
     }
 
     /// Journals the plan and whether it is held.
-    fn note_move(&self, driver: &mut Driver, held: Option<String>) -> Result<(), Problem> {
+    pub(super) fn note_move(&self, driver: &mut Driver, held: Option<String>) -> Result<(), Problem> {
         let Some(plan) = driver.plan.clone() else { return Ok(()) };
         driver
             .journal
@@ -279,10 +248,13 @@ impl Recovery {
         Ok(())
     }
 
+    /// Copies no more. What QEMU copies it copies on.
     pub(super) async fn stop_copying(&self, driver: &mut Driver) {
         driver.stop_watchers();
-        if let Some(stream) = driver.stream.take() {
-            tokio::task::block_in_place(|| stream.end());
+        match driver.moving.take() {
+            Some(Moving::Stream(stream)) => tokio::task::block_in_place(|| stream.end()),
+            Some(Moving::Mirror(mut mirror)) => mirror.detach().await,
+            None => {}
         }
         self.show(|shown| shown.moving = None);
     }
@@ -316,7 +288,8 @@ impl Recovery {
         match (&self.definition.request.on, &driver.machine) {
             (HypervisorKind::None, _) | (_, None) => true,
             (HypervisorKind::Qemu | HypervisorKind::Libvirt(_), Some(machine)) => {
-                driver.vm.is_some() && uses_exports(machine, &self.socket(NBD_SOCKET))
+                let ours = self.socket(NBD_SOCKET);
+                driver.vm.is_some() && machine.disks.iter().any(|disk| uses_export(disk, &ours))
             }
         }
     }
@@ -335,9 +308,7 @@ impl Recovery {
     /// Lets a machine's definition name production storage alone.
     pub(super) fn name_production(&self, driver: &Driver, machine: &mut MachineDefinition) -> Result<(), Problem> {
         let Some(plan) = &driver.plan else { return Ok(()) };
-        for (disk, planned) in machine.disks.iter_mut().zip(&plan.disks) {
-            disk.source = source_of(&planned.place)?;
-        }
+        super::mirroring::on_targets(machine, plan)?;
         if let Some(domain) = machine.domain.as_mut().filter(|domain| domain.keep == Keep::Persistent) {
             domain.keep = Keep::Production;
         }
@@ -345,12 +316,19 @@ impl Recovery {
     }
 }
 
-fn uses_exports(machine: &MachineDefinition, ours: &Path) -> bool {
-    machine.disks.iter().any(|disk| matches!(&disk.source, DiskSource::Export { socket, .. } if socket == ours))
+/// Targets that are open.
+enum Opened {
+    Stream(Vec<Move>),
+    Mirror(Vec<Mirrored>),
+}
+
+/// Whether a VM reaches a disk through the NBD server at `ours`.
+pub(super) fn uses_export(disk: &MachineDisk, ours: &Path) -> bool {
+    matches!(&disk.source, DiskSource::Export { socket, .. } if socket == ours)
 }
 
 /// How QEMU reaches a place.
-fn source_of(place: &Place) -> Result<DiskSource, Problem> {
+pub(super) fn source_of(place: &Place) -> Result<DiskSource, Problem> {
     use std::os::unix::fs::FileTypeExt;
     Ok(match place {
         Place::Qcow2(path) => DiskSource::Qcow2(path.clone()),
@@ -369,60 +347,19 @@ fn source_of(place: &Place) -> Result<DiskSource, Problem> {
     })
 }
 
-fn open_one(
-    place: &Place,
-    name: &str,
-    size: u64,
-    disk: Arc<LiveDisk>,
-    checkpoint: PathBuf,
-    opening: Opening,
-) -> Result<Move, Problem> {
-    let target = rehydrate::open(place, size, opening).map_err(|error| match error.kind() {
+/// Why a target cannot be opened.
+pub(super) fn target_problem(place: &Place, disk: &str, error: &std::io::Error) -> Problem {
+    match error.kind() {
         std::io::ErrorKind::AlreadyExists => {
             Problem::refused(format!("{place} exists")).hint("give another target, or --overwrite to replace it")
         }
         std::io::ErrorKind::ResourceBusy => Problem::refused(format!("{place} is in use: {error}")),
-        _ => Problem::failed(format!("cannot rehydrate disk {name} to {place}"), &error),
-    })?;
-    let regions = match (opening, disk.overlay()) {
-        (Opening::Again, Some(export)) => {
-            let written = rehydrate::written_before(&checkpoint, size);
-            forget_changed(&export.overlay, &written);
-            Regions::resumed(size, written)
-        }
-        _ => Regions::all_open(size),
-    };
-    Ok(Move {
-        name: name.to_owned(),
-        size,
-        disk,
-        place: place.clone(),
-        target: target.into(),
-        regions: Arc::new(regions),
-        checkpoint,
-        copied: AtomicU64::new(0),
-        data: AtomicU64::new(0),
-        busy: AtomicU64::new(0),
-        differences: AtomicU64::new(0),
-    })
-}
-
-/// Takes out of `written` what the overlay holds: nobody knows whether that was copied before or after it changed.
-fn forget_changed(overlay: &Overlay, written: &rehydrate::RegionSet) {
-    let mut at = 0;
-    while at < overlay.size() {
-        for extent in overlay.changed(at, overlay.size() - at, 1024) {
-            if extent.changed {
-                for region in rehydrate::touched(at, extent.length) {
-                    written.remove(region);
-                }
-            }
-            at += extent.length;
-        }
+        _ => Problem::failed(format!("cannot rehydrate disk {disk} to {place}"), error),
     }
 }
 
-fn remove_made(plan: &Plan) {
+/// Removes the files that were made for a plan.
+pub(super) fn remove_made(plan: &Plan) {
     for path in plan.disks.iter().filter(|disk| disk.made).filter_map(|disk| disk.place.path()) {
         if let Err(error) = std::fs::remove_file(path)
             && error.kind() != std::io::ErrorKind::NotFound
@@ -432,40 +369,6 @@ fn remove_made(plan: &Plan) {
     }
 }
 
-fn cannot_copy(error: &(dyn std::error::Error + 'static)) -> Problem {
+pub(super) fn cannot_copy(error: &(dyn std::error::Error + 'static)) -> Problem {
     Problem::failed("cannot copy", error)
-}
-
-/// Why a guest was not moved.
-#[derive(Debug, thiserror::Error)]
-enum CutoverError {
-    #[error(transparent)]
-    Copy(#[from] CopyError),
-    #[error("the journal cannot be written")]
-    Journal(#[source] JournalError),
-}
-
-/// Journals that the guest is on production storage. If that fails, nobody knows which of the two the journal says, and
-/// going on on either could lose what the guest writes: it waits until the journal can be read and says.
-fn decide(journal: &mut Journal) -> Result<(), CutoverError> {
-    let record = Record::State { state: State::CutOver, problem: None };
-    let Err(first) = journal.append(&record) else { return Ok(()) };
-    tracing::error!(error = %first, "the journal cannot be written in the middle of a cutover; the guest waits");
-    loop {
-        match Journal::open::<Record>(journal.path()) {
-            Ok((reopened, records)) => {
-                *journal = reopened;
-                // It says nothing of it, and what was half written is cut off durably.
-                if !matches!(records.last(), Some(Record::State { state: State::CutOver, .. })) {
-                    return Err(CutoverError::Journal(first));
-                }
-                // What is read need not be durable: it is said again.
-                if journal.append(&record).is_ok() {
-                    return Ok(());
-                }
-            }
-            Err(error) => tracing::error!(%error, "the journal cannot be read either; the guest waits on"),
-        }
-        std::thread::sleep(JOURNAL_RETRY);
-    }
 }

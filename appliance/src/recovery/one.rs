@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
 use super::journal::Journal;
+use super::moving::Moving;
 use super::record::Record;
 use super::schedule::{self, Commits};
 use super::serving::Serving;
@@ -24,7 +25,7 @@ use crate::disks::OpenOverlay;
 use crate::exports::FirstRead;
 use crate::jobs::Jobs;
 use crate::problem::Problem;
-use crate::rehydrate::{LiveDisk, Plan, Stream, Watch};
+use crate::rehydrate::{LiveDisk, Mode, Plan, Watch};
 use crate::state_dir::StateDir;
 
 /// The socket of a recovery's NBD server.
@@ -82,7 +83,7 @@ pub(super) struct Shown {
     pub(super) uris: Vec<String>,
     pub(super) disks: Vec<Arc<LiveDisk>>,
     pub(super) plan: Option<Plan>,
-    pub(super) moving: Option<Watch>,
+    pub(super) moving: Option<Arc<dyn Watch>>,
     /// How far a commit is, to cancel it.
     pub(super) committing: Option<Arc<Progress>>,
     pub(super) commits: Commits,
@@ -106,7 +107,8 @@ pub(super) struct Driver {
     pub(super) plan: Option<Plan>,
     /// Why nothing is copied for now.
     pub(super) held: Option<String>,
-    pub(super) stream: Option<Stream>,
+    /// Who copies, while somebody does.
+    pub(super) moving: Option<Moving>,
     pub(super) watchers: Vec<JoinHandle<()>>,
 }
 
@@ -145,11 +147,17 @@ impl Recovery {
             State::Rehydrating | State::ReadyForCutover | State::CuttingOver => {
                 self.serve_again(&mut driver).await?;
                 self.adopt(&mut driver).await;
+                if driver.state == State::CuttingOver && driver.mirrors() {
+                    self.let_go_on(&mut driver).await?;
+                }
                 self.move_on(&mut driver).await?;
                 self.watch(&mut driver);
             }
             State::CutOver => {
                 self.adopt(&mut driver).await;
+                if driver.mirrors() {
+                    self.finish_cut_over(&mut driver).await?;
+                }
                 if self.needs_exports(&driver) {
                     self.serve_again(&mut driver).await?;
                 }
@@ -197,6 +205,11 @@ impl Recovery {
             }
         }
         let copying = matches!(driver.state, State::Rehydrating | State::ReadyForCutover);
+        if copying && self.moved(&driver).contains(&true) {
+            let name = &self.definition.name;
+            return Err(Problem::refused(format!("recovery {name} is cut over half way, and its VM is in production"))
+                .hint(format!("`lifeboat rehydrate {name} --resume` and `lifeboat cutover {name}` move the rest")));
+        }
         self.enter(&mut driver, Event::DiscardRequested, None)?;
         if copying {
             // Nobody runs on the copy, and it ends in the middle: nothing of it stays, as after a cancel.
@@ -292,7 +305,7 @@ impl Recovery {
         if driver.state.commits() && self.lock().commits.schedule.is_some() {
             driver.watchers.push(tokio::spawn(schedule::run(self.clone())));
         }
-        if driver.stream.is_some() {
+        if driver.moving.is_some() {
             driver.watchers.push(tokio::spawn(super::moving::watch(self.clone())));
         }
     }
@@ -353,7 +366,7 @@ impl Driver {
             lease: None,
             plan: None,
             held: None,
-            stream: None,
+            moving: None,
             watchers: Vec::new(),
         }
     }
@@ -364,6 +377,11 @@ impl Driver {
             .as_ref()
             .and_then(|machine| machine.domain.as_ref())
             .is_some_and(|domain| domain.keep == Keep::Production)
+    }
+
+    /// Whether its disks are moved by QEMU.
+    pub(super) fn mirrors(&self) -> bool {
+        self.plan.as_ref().is_some_and(|plan| plan.mode == Mode::Mirror)
     }
 
     pub(super) fn stop_watchers(&mut self) {

@@ -15,7 +15,7 @@ use super::state::State;
 use crate::disks::{self, OpenOverlay};
 use crate::exports::{FirstRead, OverlayExport};
 use crate::problem::Problem;
-use crate::rehydrate::{self, LiveDisk, Opening, Plan};
+use crate::rehydrate::{self, LiveDisk, Mode, Opening, Plan};
 
 /// The NBD server of a recovery.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Recovery {
         let (context, definition) = (self.context.clone(), self.definition.clone());
         let (dir, first_read) = (self.dir.clone(), self.first_read.clone());
         let (filled, lease_name) = (table.clone(), self.lease_name());
-        let moved = driver.plan.clone().filter(|_| driver.state == State::CutOver);
+        let moved = driver.plan.clone().filter(|plan| driver.state == State::CutOver && plan.mode == Mode::Stream);
         let (disks, lease) = tokio::task::spawn_blocking(move || {
             if let Some(plan) = moved {
                 return Ok((fill_moved(&definition, &plan, &filled)?, None));

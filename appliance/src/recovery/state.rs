@@ -20,8 +20,8 @@
 //! | running | yes | yes | runs, or has shut itself down | exports served again, VM adopted |
 //! | rehydrating | yes | yes | the same | the same, and the copying goes on |
 //! | ready-for-cutover | yes | yes | the same | the same |
-//! | cutting-over | yes | yes | held for a moment | rehydrating, unless QEMU has pivoted already: cut-over |
-//! | cut-over | no | of production storage, while the VM needs them | runs, or has shut itself down | the same |
+//! | cutting-over | yes | yes | held for a moment | rehydrating, the VM is let go on |
+//! | cut-over | no | of production storage, while the VM needs them | runs, or has shut itself down | the same, after what was left to do |
 //! | failed | yes | no | no | kept as it is until discarded |
 //! | discarding | maybe | no | being stopped | the discard is finished |
 //! | discarded | no | no | no | the folder is removed |

@@ -19,7 +19,6 @@ impl Recovery {
         let qemu = *on == HypervisorKind::Qemu;
         let path = |name: &str| (*on != HypervisorKind::None).then(|| self.dir.join(name).display().to_string());
         let socket = |name: &str| qemu.then(|| self.socket(name).display().to_string());
-        let moves = shown.moving.as_ref().map_or(&[][..], |moving| moving.moves());
         let planned = |at: usize| shown.plan.as_ref().and_then(|plan| plan.disks.get(at));
         let disk = |(at, disk): (usize, &DiskSummary)| {
             let live = shown.disks.get(at).and_then(|disk| disk.overlay());
@@ -31,7 +30,7 @@ impl Recovery {
                 size: disk.size,
                 hydrated: match shown.state {
                     State::CutOver => disk.size,
-                    _ => moves.get(at).map_or(0, |one| one.hydrated()),
+                    _ => shown.moving.as_ref().map_or(0, |moving| moving.hydrated(at)),
                 },
                 target: planned(at).map(|planned| planned.place.to_string()),
                 overlay: overlay.map_or(0, |overlay| overlay.usage().data_grains * 4096),
@@ -47,7 +46,7 @@ impl Recovery {
             point: self.definition.point.clone(),
             machine: self.definition.machine.clone(),
             state: shown.state,
-            problem: shown.problem.clone(),
+            problem: shown.problem.clone().or_else(|| held(&shown)),
             hypervisor: on.clone(),
             domain: shown.domain.clone(),
             accelerator: shown.accelerator.clone(),
@@ -58,7 +57,7 @@ impl Recovery {
             guest_agent: socket("guest-agent.sock"),
             display: qemu.then(|| machine::display_uri(&self.definition.request, &self.socket(VNC_SOCKET))).flatten(),
             disks: self.definition.disks.iter().enumerate().map(disk).collect(),
-            rehydration: rehydration(&shown),
+            rehydration: rehydration(&shown, &self.definition.disks),
             commits: shown.commits.view(),
             next: shown.state.next_steps().iter().map(|step| (*step).to_owned()).collect(),
             timings,
@@ -71,8 +70,16 @@ fn served(shown: &Shown, disk: &str) -> Option<Served> {
     Served::of(shown.table.as_ref()?, &disks::export_name(disk).ok()?)
 }
 
+/// Why nothing is copied, before whoever watches has noted it.
+fn held(shown: &Shown) -> Option<String> {
+    match shown.moving.as_ref()?.progress().phase {
+        Phase::Held(why) => Some(why),
+        Phase::Copying | Phase::Comparing | Phase::Ready | Phase::Retrying(_) => None,
+    }
+}
+
 /// What is shown of a rehydration.
-fn rehydration(shown: &Shown) -> Option<RehydrationView> {
+fn rehydration(shown: &Shown, disks: &[DiskSummary]) -> Option<RehydrationView> {
     let plan = shown.plan.as_ref()?;
     if shown.state == State::CutOver {
         return None;
@@ -89,9 +96,10 @@ fn rehydration(shown: &Shown) -> Option<RehydrationView> {
     };
     let Some(moving) = &shown.moving else { return Some(view) };
     let progress = moving.progress();
-    view.left = moving.moves().iter().map(|one| one.size - one.hydrated()).sum();
+    view.left = disks.iter().enumerate().map(|(at, disk)| disk.size.saturating_sub(moving.hydrated(at))).sum();
     view.phase = match progress.phase {
         Phase::Copying => "copying",
+        Phase::Comparing => "comparing",
         Phase::Ready => "ready",
         Phase::Retrying(_) => "retrying",
         Phase::Held(_) => "held",

@@ -20,6 +20,8 @@ pub struct LiveDisk {
     size: u64,
     gate: Gate,
     backend: RwLock<Backend>,
+    /// The guest was moved off it by others.
+    left_behind: AtomicBool,
     /// Told of every change while the disk is being rehydrated.
     regions: RwLock<Option<Arc<Regions>>>,
     /// Told of every change before it is made, while the disk is being committed.
@@ -74,6 +76,7 @@ impl LiveDisk {
             size,
             gate: Gate::default(),
             backend: RwLock::new(backend),
+            left_behind: AtomicBool::new(false),
             regions: RwLock::default(),
             frozen: RwLock::default(),
             read: RegionSet::new(size),
@@ -81,9 +84,15 @@ impl LiveDisk {
         }
     }
 
-    /// The overlay, as long as it is the backend.
+    /// The guest no longer uses this disk: what its overlay holds is not what the guest sees.
+    pub fn leave_behind(&self) {
+        self.left_behind.store(true, Ordering::Release);
+    }
+
+    /// The overlay, as long as it is what the guest sees.
     pub fn overlay(&self) -> Option<Arc<OverlayExport>> {
         match self.backend() {
+            _ if self.left_behind.load(Ordering::Acquire) => None,
             Backend::Overlay(overlay) => Some(overlay),
             Backend::Production(_) => None,
         }

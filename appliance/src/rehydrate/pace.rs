@@ -41,6 +41,11 @@ impl Pace {
         Pace::new(None)
     }
 
+    /// Bytes a second at present; `None` is as fast as it goes.
+    pub fn rate(&self) -> Option<u64> {
+        Some(self.rate.load(Ordering::Relaxed)).filter(|rate| *rate < CEILING)
+    }
+
     /// Waits until `bytes` may be copied, or `stop`.
     pub fn take(&self, bytes: u64, stop: &AtomicBool) {
         let rate = self.rate.load(Ordering::Relaxed);

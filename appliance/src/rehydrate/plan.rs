@@ -14,6 +14,18 @@ use crate::problem::Problem;
 pub enum Mode {
     /// Lifeboat, for any NBD client.
     Stream,
+    /// The QEMU that runs the guest.
+    Mirror,
+}
+
+impl Mode {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Stream => "stream",
+            Mode::Mirror => "mirror",
+        }
+    }
 }
 
 /// A target as it was given.
@@ -30,8 +42,9 @@ pub struct Target {
 pub struct RehydrateRequest {
     /// One for each disk.
     pub targets: Vec<Target>,
-    /// Who copies.
-    pub mode: Mode,
+    /// Who copies; when not given, QEMU where it can, else Lifeboat.
+    #[serde(default)]
+    pub mode: Option<Mode>,
     /// `raw` or `qcow2`; by the target's ending when not given.
     #[serde(default)]
     pub format: Option<String>,
@@ -85,7 +98,7 @@ pub fn parse_target(text: &str) -> Result<Target, Problem> {
 
 impl Plan {
     /// Works out which disk goes where; touches nothing but to look whether files exist.
-    pub fn make(disks: &[DiskSummary], request: &RehydrateRequest) -> Result<Plan, Problem> {
+    pub fn make(disks: &[DiskSummary], request: &RehydrateRequest, mode: Mode) -> Result<Plan, Problem> {
         let names = || disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(", ");
         let mut planned: Vec<Option<PlannedDisk>> = vec![None; disks.len()];
         for target in &request.targets {
@@ -120,12 +133,12 @@ impl Plan {
             if planned.iter().skip(at + 1).any(|other| other.place == one.place) {
                 return Err(Problem::usage(format!("two disks go to {}", one.place)));
             }
-            if let (Mode::Stream, Place::Qcow2(path)) = (request.mode, &one.place) {
+            if let (Mode::Stream, Place::Qcow2(path)) = (mode, &one.place) {
                 return Err(Problem::usage(format!("cannot stream to the qcow2 file {}", path.display()))
-                    .hint("stream to a raw file, a block device or an NBD export"));
+                    .hint("only a running VM's own QEMU writes qcow2 (--mode mirror); stream to a raw file, a block device or an NBD export"));
             }
         }
-        Ok(Plan { mode: request.mode, disks: planned, limit: request.limit })
+        Ok(Plan { mode, disks: planned, limit: request.limit })
     }
 
     /// The files it writes.
@@ -176,8 +189,8 @@ mod tests {
 
     fn plan(names: &[&str], targets: &[&str]) -> Result<Plan, Problem> {
         let targets = targets.iter().map(|text| parse_target(text)).collect::<Result<_, _>>()?;
-        let request = RehydrateRequest { targets, mode: Mode::Stream, format: None, limit: None, overwrite: false };
-        Plan::make(&disks(names), &request)
+        let request = RehydrateRequest { targets, mode: None, format: None, limit: None, overwrite: false };
+        Plan::make(&disks(names), &request, Mode::Stream)
     }
 
     #[test]

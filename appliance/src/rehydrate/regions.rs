@@ -181,6 +181,11 @@ impl Regions {
         self.open.insert(region);
     }
 
+    /// A comparison that failed although nothing is to be copied again: it is to be repeated.
+    pub fn unprove(&self, region: u64) {
+        self.unproven.insert(region);
+    }
+
     /// Takes the first copied but unproven region at or after `from` to be compared: it counts as proven from now on,
     /// unless the guest writes to it or the comparison reopens it.
     pub fn take_unproven(&self, from: u64) -> Option<u64> {

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::copier::{CopyError, Move, Pass};
+use super::compare::Pass;
+use super::copier::{CopyError, Move};
 use super::pace::Pace;
 
 /// How often the guest's latency is looked at.
@@ -20,16 +21,18 @@ const NAP: Duration = Duration::from_millis(20);
 /// First and longest wait before a repository that cannot be read is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// A cutover closes the gates when this little is open, or after this many passes.
-const LITTLE: u64 = 64;
+pub const LITTLE: u64 = 64;
 const HURRIED_PASSES: u32 = 5;
 /// A disk whose open regions take less than this to copy without a limit is ready, however much the guest writes.
-const SHORT: Duration = Duration::from_secs(1);
+pub const SHORT: Duration = Duration::from_secs(1);
 
 /// Where the copying stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Phase {
     /// Copying what is open, or comparing what is copied.
     Copying,
+    /// All is copied, and compared before the guest may be moved onto it.
+    Comparing,
     /// All is copied and proven; what the guest writes is copied as it comes.
     Ready,
     /// The disk cannot be read; tried again by itself.
@@ -51,19 +54,22 @@ pub struct Progress {
     pub latency_us: Option<u64>,
 }
 
-/// A look at a stream.
-#[derive(Debug, Clone)]
-pub struct Watch(Arc<Shared>);
-
-impl Watch {
+/// A look at disks on their way.
+pub trait Watch: Send + Sync + std::fmt::Debug {
     /// Where it stands.
-    pub fn progress(&self) -> Progress {
-        self.0.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn progress(&self) -> Progress;
+
+    /// Bytes of a disk that are on its target already.
+    fn hydrated(&self, disk: usize) -> u64;
+}
+
+impl Watch for Shared {
+    fn progress(&self) -> Progress {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The disks.
-    pub fn moves(&self) -> &[Move] {
-        &self.0.moves
+    fn hydrated(&self, disk: usize) -> u64 {
+        self.moves.get(disk).map_or(0, Move::hydrated)
     }
 }
 
@@ -137,14 +143,9 @@ impl Stream {
         }
     }
 
-    /// The disks.
-    pub fn moves(&self) -> &[Move] {
-        &self.shared.moves
-    }
-
     /// For those who look on.
-    pub fn watch(&self) -> Watch {
-        Watch(self.shared.clone())
+    pub fn watch(&self) -> Arc<dyn Watch> {
+        self.shared.clone()
     }
 
     /// Copies what is left, holds the guest for the very last, and calls `decide` when the targets are whole, proven

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nbd_server::export::ZeroMode;
 use nbd_server::{BlockingClient, ClientOptions, NbdUri};
@@ -12,6 +13,7 @@ use rustix::fs::{Advice, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::qcow2::Qcow2Readback;
 use crate::blocks;
 
 /// Zeroes are written in steps of this where they cannot be asked for.
@@ -51,19 +53,10 @@ pub enum Opening {
     Again,
 }
 
-/// A disk on production storage. Blocks; called from several threads.
-pub trait Production: Send + Sync + fmt::Debug {
+/// What a target holds. Blocks; called from several threads.
+pub trait Readback: Send + Sync + fmt::Debug {
     /// Fills `buf` from `offset`.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
-
-    /// Writes `data` at `offset`.
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
-
-    /// Makes a range read as zeroes, giving space back if `mode` allows.
-    fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> io::Result<()>;
-
-    /// Returns once everything written is durable. After a failure what is durable is not known.
-    fn sync(&self) -> io::Result<()>;
 
     /// Lets the next reads of a synced range come from the storage itself, as far as that can be arranged.
     fn forget(&self, offset: u64, length: u64) {
@@ -75,6 +68,32 @@ pub trait Production: Send + Sync + fmt::Debug {
         let _ = offset;
         Ok((length, false))
     }
+
+    /// Returns once everything written is durable, whoever wrote it. After a failure what is durable is not known.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Sees what another program has written and synced since it was opened.
+    fn refresh(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A disk on production storage that Lifeboat writes.
+pub trait Production: Readback {
+    /// Writes `data` at `offset`.
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Makes a range read as zeroes, giving space back if `mode` allows.
+    fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> io::Result<()>;
+}
+
+/// Opens a place for a disk of `size` bytes that somebody else writes, to sync it and to read it back.
+pub fn open_readback(place: &Place, size: u64, opening: Opening) -> io::Result<Arc<dyn Readback>> {
+    Ok(match place {
+        Place::Raw(path) => Arc::new(RawProduction::open(path, size, opening)?),
+        Place::Nbd(uri) => Arc::new(NbdProduction::open(uri, size)?),
+        Place::Qcow2(path) => Arc::new(Qcow2Readback::open(path, size, opening)?),
+    })
 }
 
 /// Opens a place for a disk of `size` bytes. [`Place::Qcow2`] is refused.
@@ -144,27 +163,9 @@ impl RawProduction {
     }
 }
 
-impl Production for RawProduction {
+impl Readback for RawProduction {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
-    }
-
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(data, offset)
-    }
-
-    fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> io::Result<()> {
-        let flags = match mode {
-            ZeroMode::MayPunch => FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-            ZeroMode::KeepAllocated => FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
-        };
-        match rustix::fs::fallocate(&self.file, flags, offset, length) {
-            Ok(()) => Ok(()),
-            Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL | Errno::NOSYS) => {
-                write_zeroes(offset, length, |at, zeroes| self.file.write_all_at(zeroes, at))
-            }
-            Err(error) => Err(error.into()),
-        }
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -190,6 +191,26 @@ impl Production for RawProduction {
             }
             Err(Errno::NXIO) => Ok((length, true)),
             Err(_) => Ok((length, false)),
+        }
+    }
+}
+
+impl Production for RawProduction {
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> io::Result<()> {
+        let flags = match mode {
+            ZeroMode::MayPunch => FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            ZeroMode::KeepAllocated => FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
+        };
+        match rustix::fs::fallocate(&self.file, flags, offset, length) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL | Errno::NOSYS) => {
+                write_zeroes(offset, length, |at, zeroes| self.file.write_all_at(zeroes, at))
+            }
+            Err(error) => Err(error.into()),
         }
     }
 }
@@ -233,21 +254,23 @@ impl NbdProduction {
     }
 }
 
-impl Production for NbdProduction {
+impl Readback for NbdProduction {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         blocks::read(&self.client, offset, buf)
     }
 
+    fn sync(&self) -> io::Result<()> {
+        self.client.flush().map_err(io::Error::other)
+    }
+}
+
+impl Production for NbdProduction {
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         blocks::write(&self.client, offset, data)
     }
 
     fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> io::Result<()> {
         blocks::zero(&self.client, offset, length, mode)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.client.flush().map_err(io::Error::other)
     }
 }
 

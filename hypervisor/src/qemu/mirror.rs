@@ -27,6 +27,8 @@ use crate::mirror::{Copying, DiskLoad, MirrorError, MirrorProgress, MirrorState,
 const TARGET_RECONNECT_DELAY: u32 = 20;
 /// How long a job may take to end that was told to: what it has in flight may wait for a target that is away.
 const END_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a job may seem paused that nobody has paused.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(1);
 /// How often it is looked at meanwhile: a guest may be paused for that.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -216,7 +218,19 @@ impl Qemu {
     }
 
     async fn pivot(&self, disk: usize) -> Result<(), MirrorError> {
-        match self.state(disk).await? {
+        let began = Instant::now();
+        let state = loop {
+            match self.state(disk).await? {
+                // QEMU pauses a job for a moment whenever it drains its disks.
+                MirrorState::Copying(MirrorProgress { ready: true, doing: Copying::Paused, .. })
+                    if began.elapsed() < DRAIN_DEADLINE =>
+                {
+                    tokio::time::sleep(LOOK).await;
+                }
+                state => break state,
+            }
+        };
+        match state {
             MirrorState::Pivoted { .. } => {}
             MirrorState::Copying(MirrorProgress { ready: true, doing: Copying::Running, .. }) => {
                 self.call("block-job-complete", json!({ "device": job(disk) })).await?;
