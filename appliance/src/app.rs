@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use blockstore::disk::LocalFolder;
 use blockstore::{LocalStorage, Repository, Secret};
@@ -12,11 +12,13 @@ use tokio::net::UnixListener;
 use crate::access::Caller;
 use crate::access::tokens::Tokens;
 use crate::api::listener::Listening;
+use crate::audit::Audit;
 use crate::catalog::{Catalog, Listing, PointSummary, spec};
 use crate::jobs::Jobs;
 use crate::problem::{Kind, Problem};
 use crate::publish::Exports;
 use crate::recovery::Recoveries;
+use crate::schedule::Schedules;
 use crate::state_dir::{Ownership, StateDir};
 
 /// What a process opens.
@@ -122,6 +124,10 @@ pub struct App {
     pub jobs: Arc<Jobs>,
     /// Who may ask over the network.
     pub tokens: Arc<Tokens>,
+    /// What runs by itself, if this is a service that has policies.
+    pub schedules: OnceLock<Arc<Schedules>>,
+    /// Who has changed what.
+    pub audit: Arc<Audit>,
     /// Running recoveries.
     pub recoveries: Arc<Recoveries>,
     /// Exports without a recovery.
@@ -149,7 +155,8 @@ impl App {
         let catalog = Catalog::open(&state.catalog(&repository.id().to_string()))?;
         let repository = Arc::new(repository);
         let server = Server::new(Arc::default(), Limits::default());
-        let jobs = Arc::<Jobs>::default();
+        let audit = Arc::new(Audit::open(state.audit()));
+        let jobs = Arc::new(Jobs::open(state.jobs(), audit.clone()));
         let context = crate::recovery::Context {
             repository: repository.clone(),
             state: state.clone(),
@@ -160,6 +167,8 @@ impl App {
             location,
             repository,
             jobs,
+            audit,
+            schedules: OnceLock::new(),
             tokens: Arc::new(Tokens::open(state.tokens())),
             recoveries: Arc::new(Recoveries::new(context)),
             exports: Arc::new(Exports::new(server.clone())),

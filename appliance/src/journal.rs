@@ -153,6 +153,12 @@ pub fn read_table<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>, JournalErr
     if good < bytes.len() { Err(damaged(records.len() + 1)) } else { Ok(records) }
 }
 
+/// The records of a damaged journal that are good, whatever stands between them.
+pub fn read_good<T: DeserializeOwned>(path: &Path) -> Vec<T> {
+    let bytes = read(path).unwrap_or_default();
+    bytes.split_inclusive(|byte| *byte == b'\n').filter_map(parse_line).collect()
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, JournalError> {
     let read = || {
         let mut bytes = Vec::new();

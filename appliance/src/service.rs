@@ -1,10 +1,15 @@
 //! `serve`: one long-running process that takes up the recoveries of its state folder and answers the API.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::api::network::{Bound, NetworkOptions};
 use crate::app::{App, Options};
 use crate::problem::{Handling, Problem};
+use crate::schedule::alerts::Alerts;
+use crate::schedule::policy::{AlertsConfig, Policy};
+use crate::schedule::{Schedules, runner};
 use crate::signals;
 
 /// A service that another command started ends when it has had nothing to serve for this long.
@@ -23,6 +28,10 @@ pub struct ServiceOptions {
     pub background: bool,
     /// Where it listens besides its socket.
     pub network: Option<NetworkOptions>,
+    /// What it does by itself.
+    pub policies: BTreeMap<String, Policy>,
+    /// Who is told what somebody has to know.
+    pub alerts: AlertsConfig,
 }
 
 /// Serves until told to stop, or, in the background, until there is nothing left to serve. `tell` is told where clients
@@ -49,6 +58,7 @@ pub async fn serve(options: &Options, service: &ServiceOptions, tell: impl FnOnc
     };
     // Exports first: guests wait for their disks, everybody else can wait a moment.
     app.recoveries.take_up().await;
+    let schedules = schedules(&app, service);
     let mut listening = app.listen()?;
     tracing::info!(
         repository = %app.location.display(), socket = %app.state.socket().display(), pid = std::process::id(),
@@ -62,6 +72,9 @@ pub async fn serve(options: &Options, service: &ServiceOptions, tell: impl FnOnc
     tokio::select! {
         () = signals::stop_signal() => tracing::info!("told to stop"),
         () = idle(&app), if background => tracing::info!("nothing left to serve"),
+    }
+    if let Some(schedules) = schedules {
+        schedules.abort();
     }
     for job in app.jobs.running() {
         job.cancel();
@@ -84,6 +97,17 @@ pub async fn serve(options: &Options, service: &ServiceOptions, tell: impl FnOnc
     }
     app.close().await;
     Ok(())
+}
+
+/// Begins to run policies.
+fn schedules(app: &Arc<App>, service: &ServiceOptions) -> Option<tokio::task::JoinHandle<()>> {
+    if service.policies.is_empty() && service.alerts == AlertsConfig::default() {
+        return None;
+    }
+    let (policies, alerts) = (service.policies.clone(), Alerts::new(service.alerts.clone()));
+    let schedules = Arc::new(Schedules::open(policies, alerts, app.state.schedules(), chrono::Utc::now()));
+    let schedules = app.schedules.get_or_init(|| schedules).clone();
+    Some(tokio::spawn(runner::run(schedules, app.clone())))
 }
 
 async fn idle(app: &App) {

@@ -9,6 +9,9 @@
 //! STATE/drills/ID/       copies of what the last drills left: console log, screenshot
 //! STATE/scratch/         throw-away overlays of exports; emptied by every new owner
 //! STATE/tokens           who may use the API over the network
+//! STATE/audit            who has changed what through the API
+//! STATE/jobs             which jobs were started, and how they ended
+//! STATE/schedules        when policies have run
 //! STATE/tls/             certificates that the service made for itself
 //! STATE/service.log      what a service started in the background says
 //! ```
@@ -70,6 +73,21 @@ impl StateDir {
     /// Throw-away overlays.
     pub fn scratch(&self) -> PathBuf {
         self.root.join("scratch")
+    }
+
+    /// The audit log.
+    pub fn audit(&self) -> PathBuf {
+        self.root.join("audit")
+    }
+
+    /// What is known of the past of policies.
+    pub fn schedules(&self) -> PathBuf {
+        self.root.join("schedules")
+    }
+
+    /// The job log.
+    pub fn jobs(&self) -> PathBuf {
+        self.root.join("jobs")
     }
 
     /// The service's own certificates.

@@ -13,6 +13,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 
+use crate::metrics::House;
+
 /// What an export has served since it is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Served {
@@ -87,7 +89,7 @@ pub struct Group {
 }
 
 /// All metrics of a process.
-pub fn metrics(groups: Vec<Group>) -> Result<String, fmt::Error> {
+pub fn metrics(groups: Vec<Group>, house: House) -> Result<String, fmt::Error> {
     let mut rows = Vec::new();
     for group in groups {
         for export in group.table.list() {
@@ -99,6 +101,7 @@ pub fn metrics(groups: Vec<Group>) -> Result<String, fmt::Error> {
         }
     }
     let mut registry = Registry::default();
+    registry.register_collector(Box::new(house));
     registry.register_collector(Box::new(Exports(rows)));
     let mut text = String::new();
     text::encode(&mut text, &registry)?;
@@ -198,7 +201,7 @@ mod tests {
         let name = ExportName::new("disk \"0\"").expect("a name");
         table.add(name.clone(), Arc::new(MemoryExport::new(4096))).expect("free");
         let group = Group { label: "recovery", name: "web01".to_owned(), table: table.clone() };
-        let text = metrics(vec![group]).expect("encoded");
+        let text = metrics(vec![group], House::default()).expect("encoded");
         let line = r#"lifeboat_export_requests_total{recovery="web01",export="disk \"0\"",operation="read"} 0"#;
         assert!(text.contains(line), "{text}");
         assert!(text.contains("# TYPE lifeboat_export_seconds histogram"), "{text}");

@@ -43,6 +43,8 @@ impl Role {
 pub enum Caller {
     /// Whoever may open the state folder's socket.
     Owner,
+    /// A policy of the configuration, which is the owner's.
+    Policy(String),
     /// Who has shown a token.
     Token {
         /// The token's id.
@@ -60,20 +62,20 @@ impl Caller {
     /// Whether he may do what needs `role`.
     pub fn has(&self, role: Role) -> bool {
         match self {
-            Caller::Owner => true,
+            Caller::Owner | Caller::Policy(_) => true,
             Caller::Token { role: own, .. } => *own >= role,
         }
     }
 
     /// Whether he may use everything, not only some machines.
     pub fn is_unlimited(&self) -> bool {
-        matches!(self, Caller::Owner | Caller::Token { machines: None, .. })
+        matches!(self, Caller::Owner | Caller::Policy(_) | Caller::Token { machines: None, .. })
     }
 
     /// Whether he may see `machine`.
     pub fn sees(&self, machine: &str) -> bool {
         match self {
-            Caller::Owner | Caller::Token { machines: None, .. } => true,
+            Caller::Owner | Caller::Policy(_) | Caller::Token { machines: None, .. } => true,
             Caller::Token { machines: Some(machines), .. } => machines.contains(machine),
         }
     }
@@ -88,8 +90,32 @@ impl std::fmt::Display for Caller {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Caller::Owner => f.write_str("owner"),
+            Caller::Policy(name) => write!(f, "policy {name}"),
             Caller::Token { id, name, .. } => write!(f, "token {name} ({id})"),
         }
+    }
+}
+
+tokio::task_local! {
+    static ORIGIN: Origin;
+}
+
+/// Where the request comes from that is being answered, for what it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// Who asks.
+    pub who: String,
+}
+
+impl Origin {
+    /// Answers with this origin.
+    pub fn scope<F: Future>(self, answer: F) -> impl Future<Output = F::Output> {
+        ORIGIN.scope(self, answer)
+    }
+
+    /// The one of the request that is being answered; the owner's where there is none.
+    pub fn current() -> Origin {
+        ORIGIN.try_with(Clone::clone).unwrap_or_else(|_| Origin { who: Caller::Owner.to_string() })
     }
 }
 

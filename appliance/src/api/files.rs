@@ -28,10 +28,10 @@ const LINES: usize = 64 << 10;
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::post("/api/v1/files/volumes", OPERATOR, Reach::Judged, volumes),
-        Row::post("/api/v1/files/list", OPERATOR, Reach::Judged, list),
-        Row::post("/api/v1/files/find", OPERATOR, Reach::Judged, find),
-        Row::post("/api/v1/files/versions", OPERATOR, Reach::Judged, versions),
+        Row::post("/api/v1/files/volumes", OPERATOR, Reach::Judged, volumes).looks(),
+        Row::post("/api/v1/files/list", OPERATOR, Reach::Judged, list).looks(),
+        Row::post("/api/v1/files/find", OPERATOR, Reach::Judged, find).looks(),
+        Row::post("/api/v1/files/versions", OPERATOR, Reach::Judged, versions).looks(),
         Row::post("/api/v1/files/tar", OPERATOR, Reach::Judged, tar),
         Row::post("/api/v1/mounts", OPERATOR, Reach::Whole, mount),
     ]

@@ -4,6 +4,7 @@
 //! A new operation is a handler and one row in `rows`, or in `rows` of a module for a family of them; [`table`] says
 //! what a row declares.
 
+mod audit;
 mod drills;
 mod events;
 mod extract;
@@ -14,11 +15,13 @@ pub mod listener;
 pub mod login;
 pub mod network;
 mod retention;
+mod schedules;
 pub mod table;
 mod tokens;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
@@ -33,9 +36,11 @@ use self::table::{ADMIN, Need, OPERATOR, Reach, Row, VIEWER};
 use crate::access::Caller;
 use crate::admission::{Capacity, Terms};
 use crate::app::App;
+use crate::audit::About;
 use crate::capture::{self, BackupRequest};
 use crate::catalog::{ListedPoint, Listing};
 use crate::jobs::{Job, JobView, Jobs, Subject};
+use crate::metrics::House;
 use crate::problem::Problem;
 use crate::publish::ExportRequest;
 use crate::recovery::{CommitRequest, HypervisorKind, Order, RecoverRequest, RecoveryView, ScheduleRequest, Unchanged};
@@ -62,6 +67,7 @@ pub struct Health {
 fn rows(app: &App) -> Vec<Row<Arc<App>>> {
     let own = vec![
         Row::get("/healthz", Need::Nobody, Reach::Whole, health),
+        Row::get("/readyz", Need::Nobody, Reach::Whole, ready),
         Row::get("/metrics", VIEWER, Reach::Whole, metrics),
         Row::get("/api/v1/machines", OPERATOR, Reach::Whole, list_machines),
         Row::get("/api/v1/points", VIEWER, Reach::Judged, list_points),
@@ -85,7 +91,7 @@ fn rows(app: &App) -> Vec<Row<Arc<App>>> {
         Row::put("/api/v1/recoveries/{name}/commits", OPERATOR, Reach::Recovery, schedule),
     ];
     let jobs = job_rows().into_iter().map(|row| row.with_state(app.jobs.clone()));
-    let families = [drills::rows(), keys::rows(), files::rows(), retention::rows(), tokens::rows()];
+    let families = [drills::rows(), keys::rows(), files::rows(), retention::rows(), tokens::rows(), audit::rows(), schedules::rows()];
     own.into_iter().chain(jobs).chain(families.into_iter().flatten()).collect()
 }
 
@@ -107,11 +113,19 @@ pub fn owners(app: &Arc<App>) -> Router {
     router(app).layer(Extension(Caller::Owner))
 }
 
+/// The API for the steps of a policy.
+pub fn of_policy(app: &Arc<App>, policy: &str) -> Router {
+    table::gated(rows(app), app).layer(Extension(Caller::Policy(policy.to_owned())))
+}
+
 /// The API for the network, where a token says who asks.
 pub fn strangers(app: &Arc<App>) -> Router {
     let logins = Logins::new(app.tokens.clone());
     router(app).layer(from_fn_with_state(logins, login::identify))
 }
+
+/// How long a repository may take to be found, on storage that may hang.
+const READY: Duration = Duration::from_secs(5);
 
 type Shared = State<Arc<App>>;
 type Answer<T> = Result<Json<T>, Problem>;
@@ -129,13 +143,31 @@ async fn health(State(app): Shared, caller: Option<Extension<Caller>>) -> Respon
     }
 }
 
+/// Whether what is asked for can be done: the repository is there.
+async fn ready(State(app): Shared) -> Result<Response, Problem> {
+    let config = app.location.join("repository");
+    let looked = tokio::time::timeout(READY, blocking(move || Ok(config.is_file()))).await;
+    match looked {
+        Ok(Ok(true)) => Ok(Json(serde_json::json!({ "status": "ready" })).into_response()),
+        // Where it should be is for the log, not for strangers.
+        _ => {
+            tracing::warn!(repository = %app.location.display(), "not ready: the repository cannot be read");
+            Err(Problem::new(crate::problem::Kind::Failed, "the repository cannot be read")
+                .with_status(StatusCode::SERVICE_UNAVAILABLE))
+        }
+    }
+}
+
 /// In the text form of OpenMetrics, for Prometheus.
 async fn metrics(State(app): Shared) -> Result<Response, Problem> {
     let recoveries = app.recoveries.tables().into_iter();
     let recoveries = recoveries.map(|(name, table)| Group { label: "recovery", name, table });
     let exports = app.exports.tables().into_iter().map(|(name, table)| Group { label: "machine", name, table });
-    let text = statistics::metrics(recoveries.chain(exports).collect())
-        .map_err(|error| Problem::failed("cannot write the metrics", &error))?;
+    let groups = recoveries.chain(exports).collect();
+    let looking = app.clone();
+    let house = blocking(move || House::look(&looking)).await?;
+    let text =
+        statistics::metrics(groups, house).map_err(|error| Problem::failed("cannot write the metrics", &error))?;
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(axum::http::header::CONTENT_TYPE, kind)], text).into_response())
 }
@@ -185,7 +217,9 @@ async fn show_point(State(app): Shared, caller: Caller, Path(point): Path<String
 }
 
 fn accepted(job: &Job) -> Response {
-    (StatusCode::ACCEPTED, Json(job.view())).into_response()
+    let view = job.view();
+    let about = About(format!("job {}, {} of {}", view.id, view.kind, view.subject));
+    (StatusCode::ACCEPTED, Extension(about), Json(view)).into_response()
 }
 
 async fn back_up(State(app): Shared, Body(request): Body<BackupRequest>) -> Result<Response, Problem> {
@@ -315,7 +349,8 @@ async fn recover(
         app.recoveries.start(&point, prepared, grant).await
     });
     let view = work.await.map_err(|error| Problem::failed("the recovery ended badly", &error))??;
-    Ok((StatusCode::CREATED, Json(view)).into_response())
+    let about = About(format!("recovery {} of {} from point {}", view.name, view.machine, view.point));
+    Ok((StatusCode::CREATED, Extension(about), Json(view)).into_response())
 }
 
 async fn start(

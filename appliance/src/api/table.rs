@@ -9,6 +9,9 @@
 //! - [`Reach::Judged`] when the handler takes [`Caller`] and keeps to it: points by [`App::resolve_for`], lists by
 //!   [`Caller::sees`]. The tests of this module ask each of them for something of another machine.
 //!
+//! Whatever is not GET is recorded in the audit log before and after it is done, unless the row says that it
+//! [`looks`](Row::looks).
+//!
 //! Whoever can name files of the host can read any disk image there is, so an operation that takes such names is
 //! `Reach::Whole`.
 
@@ -23,9 +26,14 @@ use axum::middleware::{Next, from_fn};
 use axum::response::Response;
 use axum::routing::{self, MethodFilter, MethodRouter};
 
-use crate::access::{Caller, Role, forbidden, unknown_caller};
+use super::login::Peer;
+use crate::access::{Caller, Origin, Role, forbidden, unknown_caller};
 use crate::app::App;
+use crate::audit::{About, Audit, Event, quoted};
 use crate::problem::Problem;
+
+/// What the audit log says instead of a status when the asker did not wait for it.
+const GONE_AWAY: u16 = 499;
 
 /// What a caller needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +73,8 @@ pub struct Row<S> {
     pub need: Need,
     /// What it reaches.
     pub reach: Reach,
+    /// Whether it changes anything or hands data out, which is recorded in the audit log.
+    pub audited: bool,
     answer: MethodRouter<S>,
 }
 
@@ -75,7 +85,8 @@ impl<S: Clone + Send + Sync + 'static> Row<S> {
         (need, reach): (Need, Reach),
         handler: H,
     ) -> Row<S> {
-        Row { method, path, need, reach, answer: routing::on(filter, handler) }
+        let audited = method != Method::GET;
+        Row { method, path, need, reach, audited, answer: routing::on(filter, handler) }
     }
 
     /// Answers GET.
@@ -105,8 +116,13 @@ impl<S: Clone + Send + Sync + 'static> Row<S> {
 
     /// The same for a router of another state; this one's is given.
     pub fn with_state<S2>(self, state: S) -> Row<S2> {
-        let Row { method, path, need, reach, answer } = self;
-        Row { method, path, need, reach, answer: answer.with_state(state) }
+        let Row { method, path, need, reach, audited, answer } = self;
+        Row { method, path, need, reach, audited, answer: answer.with_state(state) }
+    }
+
+    /// The same, which only looks although its method is not GET: it has too much to say for a query.
+    pub fn looks(self) -> Row<S> {
+        Row { audited: false, ..self }
     }
 }
 
@@ -119,8 +135,8 @@ pub fn ungated<S: Clone + Send + Sync + 'static>(rows: Vec<Row<S>>) -> Router<S>
 /// extensions; who is not there is nobody.
 pub fn gated(rows: Vec<Row<Arc<App>>>, app: &Arc<App>) -> Router {
     let gated = rows.into_iter().map(|row| {
-        let (app, need, reach) = (app.clone(), row.need, row.reach);
-        let gate = from_fn(move |request: Request, next: Next| pass(app.clone(), need, reach, request, next));
+        let (app, pass) = (app.clone(), Pass { need: row.need, reach: row.reach, audited: row.audited });
+        let gate = from_fn(move |request: Request, next: Next| pass.check(app.clone(), request, next));
         (row.path, row.answer.route_layer(gate))
     });
     finish(gated).with_state(app.clone())
@@ -137,28 +153,115 @@ fn finish<S: Clone + Send + Sync + 'static>(
         .fallback(|| async { Problem::not_found("there is no such resource") })
 }
 
-async fn pass(app: Arc<App>, need: Need, reach: Reach, request: Request, next: Next) -> Result<Response, Problem> {
-    let Need::Role(role) = need else { return Ok(next.run(request).await) };
-    let Some(caller) = request.extensions().get::<Caller>() else { return Err(unknown_caller()) };
-    if !caller.has(role) {
-        return Err(forbidden(format!("this needs the role {}", role.name()))
-            .hint("`lifeboat token create` makes a token with another role"));
+/// What a row asks of a request before its handler sees it.
+#[derive(Debug, Clone, Copy)]
+struct Pass {
+    need: Need,
+    reach: Reach,
+    audited: bool,
+}
+
+impl Pass {
+    async fn check(self, app: Arc<App>, request: Request, next: Next) -> Result<Response, Problem> {
+        let Need::Role(role) = self.need else { return Ok(next.run(request).await) };
+        let Some(caller) = request.extensions().get::<Caller>().cloned() else { return Err(unknown_caller()) };
+        if !caller.has(role) {
+            return Err(forbidden(format!("this needs the role {}", role.name()))
+                .hint("`lifeboat token create` makes a token with another role"));
+        }
+        let (request, named) = self.within_reach(&app, &caller, request).await?;
+        let who = caller.to_string();
+        let answer = Origin { who: who.clone() }.scope(next.run(request));
+        match self.audited {
+            true => recorded(&app, &caller, who, named, answer).await,
+            false => Ok(answer.await),
+        }
     }
-    if caller.is_unlimited() || reach == Reach::Judged {
-        return Ok(next.run(request).await);
+
+    /// The request, and what to call it.
+    async fn within_reach(self, app: &App, caller: &Caller, request: Request) -> Result<(Request, Named), Problem> {
+        let named = Named {
+            what: quoted(&format!("{} {}", request.method(), request.uri().path())),
+            from: request.extensions().get::<Peer>().map(|Peer(peer)| peer.to_string()),
+        };
+        if caller.is_unlimited() || self.reach == Reach::Judged {
+            return Ok((request, named));
+        }
+        if self.reach == Reach::Whole {
+            return Err(forbidden("a token that is limited to machines may not do this"));
+        }
+        let (mut parts, body) = request.into_parts();
+        let parameters = Path::<HashMap<String, String>>::from_request_parts(&mut parts, &()).await;
+        let name = parameters.ok().and_then(|Path(mut parameters)| parameters.remove("name")).unwrap_or_default();
+        if !app.recoveries.view(&name).is_ok_and(|view| caller.sees(&view.machine)) {
+            return Err(Problem::not_found(format!("there is no recovery {name}")));
+        }
+        Ok((Request::from_parts(parts, body), named))
     }
-    if reach == Reach::Whole {
-        return Err(forbidden("a token that is limited to machines may not do this"));
+}
+
+/// How a request is called in the audit log.
+struct Named {
+    what: String,
+    from: Option<String>,
+}
+
+/// Records who asks for what, has it answered, and records what came of it.
+async fn recorded(
+    app: &App,
+    caller: &Caller,
+    who: String,
+    Named { what, from }: Named,
+    answer: impl Future<Output = Response>,
+) -> Result<Response, Problem> {
+    let pending = match append(&app.audit, Event::Asked { who, from, what }).await {
+        Ok(asked) => Some(Pending { audit: app.audit.clone(), asked: Some(asked) }),
+        // A full disk must not keep the owner from recovering a machine, or a policy from backing it up.
+        Err(problem) if !matches!(caller, Caller::Token { .. }) => {
+            tracing::error!(%problem, "the owner is served without a record in the audit log");
+            None
+        }
+        Err(problem) => return Err(problem.with_status(StatusCode::SERVICE_UNAVAILABLE)),
+    };
+    let mut response = answer.await;
+    if let Some(pending) = pending {
+        let about = response.extensions_mut().remove::<About>().map(|About(about)| quoted(&about));
+        pending.answered(response.status().as_u16(), about).await;
     }
-    let caller = caller.clone();
-    let (mut parts, body) = request.into_parts();
-    let parameters = Path::<HashMap<String, String>>::from_request_parts(&mut parts, &()).await;
-    let name = parameters.ok().and_then(|Path(mut parameters)| parameters.remove("name")).unwrap_or_default();
-    let view = app.recoveries.view(&name);
-    if !view.is_ok_and(|view| caller.sees(&view.machine)) {
-        return Err(Problem::not_found(format!("there is no recovery {name}")));
+    Ok(response)
+}
+
+async fn append(audit: &Arc<Audit>, event: Event) -> Result<u64, Problem> {
+    let audit = audit.clone();
+    let appended = tokio::task::spawn_blocking(move || audit.append(event)).await;
+    appended.map_err(|error| Problem::failed("cannot write the audit log", &error))?
+}
+
+/// A request that is recorded as asked and not yet as answered. One that is dropped has lost its asker.
+struct Pending {
+    audit: Arc<Audit>,
+    asked: Option<u64>,
+}
+
+impl Pending {
+    async fn answered(mut self, status: u16, about: Option<String>) {
+        let Some(asked) = self.asked.take() else { return };
+        if let Err(problem) = append(&self.audit, Event::Answered { asked, status, about }).await {
+            tracing::error!(%problem, "what was done stands in the audit log as asked only");
+        }
     }
-    Ok(next.run(Request::from_parts(parts, body)).await)
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        let Some(asked) = self.asked.take() else { return };
+        let audit = self.audit.clone();
+        let about = Some("the asker went away".to_owned());
+        // The program may be ending: then it stays as asked.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || audit.append(Event::Answered { asked, status: GONE_AWAY, about }));
+        }
+    }
 }
 
 #[cfg(test)]

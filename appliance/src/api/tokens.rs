@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use chrono::Utc;
 
 use super::extract::Path;
@@ -13,6 +13,7 @@ use super::table::{ADMIN, Reach, Row};
 use super::{Answer, Body, Shared, blocking};
 use crate::access::tokens::{NewTokenRequest, TokenView};
 use crate::app::App;
+use crate::audit::About;
 use crate::problem::Problem;
 
 const PATH: &str = "/api/v1/tokens";
@@ -31,7 +32,8 @@ async fn list(State(app): Shared) -> Answer<Vec<TokenView>> {
 
 async fn create(State(app): Shared, Body(request): Body<NewTokenRequest>) -> Result<Response, Problem> {
     let made = blocking(move || app.tokens.create(request, Utc::now())).await?;
-    Ok((StatusCode::CREATED, Json(made)).into_response())
+    let about = About(format!("token {} ({}), {}", made.view.name, made.view.id, made.view.role.name()));
+    Ok((StatusCode::CREATED, Extension(about), Json(made)).into_response())
 }
 
 async fn revoke(State(app): Shared, Path(token): Path<String>) -> Answer<TokenView> {

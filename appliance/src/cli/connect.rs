@@ -206,6 +206,8 @@ fn describe(command: &Command) -> String {
         Command::Commit(args) => format!("commit {}", args.name),
         Command::Discard(args) => format!("discard {}", args.name),
         Command::Token(_) => "token".to_owned(),
+        Command::Audit(_) => "audit".to_owned(),
+        Command::Schedule(_) => "schedule".to_owned(),
         Command::Drill(args) => format!("drill {}", args.points.first().map_or("", String::as_str)),
         Command::Drills(_) => "drills".to_owned(),
         Command::Serve(_) => "serve".to_owned(),
@@ -253,7 +255,9 @@ async fn start_service(global: &Global, state: &StateDir) -> Result<(), Problem>
     let log_start = log.metadata().map_err(|error| cannot(&error))?.len();
     let mut command = std::process::Command::new(program);
     command.arg("serve").arg("--background").arg("--state").arg(state.root());
-    command.arg("--cache").arg(global.cache.to_string());
+    if let Some(cache) = global.cache {
+        command.arg("--cache").arg(cache.to_string());
+    }
     if let Some(repo) = &global.repo {
         command.arg("--repo").arg(repo);
     }

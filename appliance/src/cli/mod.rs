@@ -1,6 +1,7 @@
 //! The command line: turns arguments into requests of the API and prints the answers.
 
 mod args;
+mod audit;
 mod backup;
 mod client;
 mod collect;
@@ -21,6 +22,7 @@ mod rehydrate;
 mod render;
 mod restore;
 mod retention;
+mod schedule;
 mod serve;
 mod tls;
 mod token;
@@ -34,9 +36,12 @@ use clap::Parser;
 
 pub use args::parse_size;
 use args::{Cli, Command};
+pub use collect::parse_duration;
 use connect::Door;
+pub use render::{bytes, count};
 
 use crate::app;
+use crate::config::ConfigFile;
 use crate::log::Talk;
 use crate::problem::{Handling, Kind, Problem};
 use crate::signals;
@@ -56,18 +61,26 @@ pub fn main() -> ExitCode {
         _ => Voice::Plain,
     };
     raise_open_files();
-    crate::log::init(match cli.command {
+    let config = match &cli.command {
+        Command::Serve(args::Serve { config: Some(path), .. }) => match ConfigFile::read(path) {
+            Ok(config) => Some(config),
+            Err(problem) => return report(&problem, voice),
+        },
+        _ => None,
+    };
+    let talk = match cli.command {
         Command::Serve(_) => Talk::Service,
         Command::Export(_) => Talk::Server,
         _ => Talk::Command,
-    });
+    };
+    crate::log::init(talk, config.as_ref().map(|file| &file.config.log));
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return report(&Problem::failed("cannot start", &error), voice),
     };
     let result = runtime.block_on(async {
         signals::listen()?;
-        run(cli).await
+        run(cli, config).await
     });
     // A thread that still blocks (a cancelled read of a dead network file) must not keep the program from ending.
     runtime.shutdown_timeout(std::time::Duration::from_secs(2));
@@ -121,12 +134,12 @@ fn report(problem: &Problem, voice: Voice) -> ExitCode {
     ExitCode::from(problem.kind.exit_status())
 }
 
-async fn run(cli: Cli) -> Result<(), Problem> {
+async fn run(cli: Cli, config: Option<ConfigFile>) -> Result<(), Problem> {
     let Cli { global, command } = cli;
     match command {
         Command::Init(init) => return initialise(&global, &init),
         Command::Tls(args) => return tls::run(&global, &args),
-        Command::Serve(args) => return serve::run(&global, &args).await,
+        Command::Serve(args) => return serve::run(&global, &args, config).await,
         Command::Recoveries(ref args) if args.watch => return watch::all(&global).await,
         Command::Collect(ref args) if collect::is_keyless(&global, args).await? => {
             return collect::run_keyless(&global);
@@ -165,6 +178,8 @@ async fn perform(door: &Door, global: &args::Global, command: &Command) -> Resul
         Command::Find(args) => files::find(door, global, args).await,
         Command::Mount(args) => mount::run(door, global, args).await,
         Command::Cp(args) => cp::run(door, global, args).await,
+        Command::Schedule(args) => schedule::run(door, global, args).await,
+        Command::Audit(args) => audit::run(door, global, args).await,
         Command::Token(args) => token::run(door, global, args).await,
         Command::Recover(args) => recover::run(door, global, args).await,
         Command::Status => host::show(door, global).await,

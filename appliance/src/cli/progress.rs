@@ -49,6 +49,11 @@ pub async fn run(client: &Client, path: &str, request: &impl Serialize) -> Resul
                 bar.finish_and_clear();
                 return Ok(result);
             }
+            Outcome::Interrupted => {
+                bar.finish_and_clear();
+                let title = format!("job {} ({} of {}) was interrupted", view.id, view.kind, view.subject);
+                return Err(Problem::new(Kind::Failed, title).hint("start it again"));
+            }
             Outcome::Failed { problem } => {
                 bar.finish_and_clear();
                 return Err(problem);

@@ -1,7 +1,10 @@
 //! Long work: a job has a progress that can be followed, can be cancelled, and ends with a result or a problem.
-//! Jobs live in memory; ended ones are listed until a hundred newer ones have ended.
+//! Ended ones are listed until a hundred newer ones have ended, and through restarts: see `log`.
+
+mod log;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -12,6 +15,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use self::log::{Ended, Log, Started};
+use crate::access::Origin;
+use crate::audit::{Audit, Event, quoted};
 use crate::problem::Problem;
 
 /// How many ended jobs stay listed.
@@ -28,6 +34,8 @@ pub enum Outcome {
         /// What it brought, by kind of job.
         result: Value,
     },
+    /// The process that ran it ended first. It is not started again by itself.
+    Interrupted,
     /// Ended badly.
     Failed {
         /// Why.
@@ -69,7 +77,7 @@ impl From<&str> for Subject {
 /// A job as the API shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JobView {
-    /// Number, from 1, of this process.
+    /// Number, from 1, never used again in its state folder.
     pub id: u64,
     /// `backup`, `restore`, `verify`.
     pub kind: String,
@@ -78,6 +86,9 @@ pub struct JobView {
     /// The machine that it belongs to, if it does to one.
     #[serde(default)]
     pub machine: Option<String>,
+    /// Who started it.
+    #[serde(default)]
+    pub by: String,
     /// When it began.
     pub started: DateTime<Utc>,
     /// Seconds since then, or that it took.
@@ -106,11 +117,14 @@ pub struct ProgressView {
 #[derive(Debug)]
 pub struct Job {
     id: u64,
-    kind: &'static str,
+    kind: String,
     subject: Subject,
+    by: String,
     started: DateTime<Utc>,
     clock: Instant,
     ended_after: Mutex<Option<f64>>,
+    /// How far one of an earlier process came.
+    past: Option<ProgressView>,
     progress: Arc<Progress>,
     outcome: watch::Sender<Outcome>,
 }
@@ -141,30 +155,110 @@ impl Job {
         let ended = *self.ended_after.lock().unwrap_or_else(PoisonError::into_inner);
         JobView {
             id: self.id,
-            kind: self.kind.to_owned(),
+            kind: self.kind.clone(),
             subject: self.subject.text.clone(),
             machine: self.subject.machine.clone(),
+            by: self.by.clone(),
             started: self.started,
             seconds: ended.unwrap_or_else(|| self.clock.elapsed().as_secs_f64()),
-            progress: ProgressView {
+            progress: self.past.unwrap_or_else(|| ProgressView {
                 total: self.progress.total(),
                 done: self.progress.done(),
                 read: self.progress.read(),
                 stored: self.progress.stored(),
-            },
+            }),
             outcome: self.outcome.borrow().clone(),
         }
     }
 }
 
-/// All jobs of this process.
+impl Job {
+    fn of_past(started: Started, ended: Ended) -> Job {
+        Job {
+            id: started.id,
+            kind: started.kind,
+            subject: Subject { text: started.subject, machine: started.machine },
+            by: started.by,
+            started: started.time,
+            clock: Instant::now(),
+            ended_after: Mutex::new(Some(ended.seconds)),
+            past: Some(ended.progress),
+            progress: Arc::new(Progress::new()),
+            outcome: watch::channel(ended.outcome).0,
+        }
+    }
+
+    /// What the log says of it.
+    fn logged(&self) -> (Started, Ended) {
+        let JobView { id, kind, subject, machine, by, started, seconds, progress, outcome } = self.view();
+        (Started { id, kind, subject, machine, by, time: started }, Ended { id, seconds, progress, outcome })
+    }
+
+    /// For a person.
+    fn what(&self) -> String {
+        format!("{} of {}", self.kind, self.subject.text)
+    }
+}
+
+/// All jobs of a state folder that are listed.
 #[derive(Debug, Default)]
 pub struct Jobs {
-    next: AtomicU64,
+    /// The highest number in use.
+    last: AtomicU64,
     jobs: Mutex<BTreeMap<u64, Arc<Job>>>,
+    /// Locked after `jobs`.
+    log: Option<Mutex<Log>>,
+    audit: Option<Arc<Audit>>,
+    totals: Mutex<BTreeMap<(String, &'static str), Totals>>,
+}
+
+/// What ended jobs of a kind and result come to.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Totals {
+    /// How many there were.
+    pub count: u64,
+    /// How long they took.
+    pub seconds: f64,
+    /// Bytes that they read.
+    pub read: u64,
+    /// Bytes that they stored.
+    pub stored: u64,
 }
 
 impl Jobs {
+    /// Those of a state folder. Jobs that another process had begun and not ended are interrupted.
+    pub fn open(path: PathBuf, audit: Arc<Audit>) -> Jobs {
+        let (log, past) = Log::open(path);
+        let interrupted = past.jobs.iter().filter(|(_, ended)| ended.outcome == Outcome::Interrupted);
+        let jobs = Jobs {
+            last: AtomicU64::new(past.next.saturating_sub(1)),
+            jobs: Mutex::new(BTreeMap::new()),
+            log: Some(Mutex::new(log)),
+            audit: Some(audit),
+            totals: Mutex::default(),
+        };
+        for (started, _) in interrupted.filter(|(started, _)| past.fresh.contains(&started.id)) {
+            jobs.record(started.id, format!("{} of {}", started.kind, started.subject), "interrupted");
+        }
+        let kept = past.jobs.into_iter().map(|(started, ended)| (started.id, Arc::new(Job::of_past(started, ended))));
+        jobs.lock().extend(kept);
+        jobs
+    }
+
+    fn record(&self, job: u64, what: String, result: &str) {
+        let Some(audit) = &self.audit else { return };
+        let event = Event::JobEnded { job, what: quoted(&what), result: result.to_owned() };
+        if let Err(problem) = audit.append(event) {
+            tracing::error!(job, %problem, "the end of this job stands in no record");
+        }
+    }
+
+    fn log(&self, with: impl FnOnce(&mut Log)) {
+        if let Some(log) = &self.log {
+            with(&mut log.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
     /// Starts `work` on a thread that may block.
     pub fn start(
         self: &Arc<Self>,
@@ -173,16 +267,22 @@ impl Jobs {
         work: impl FnOnce(&Arc<Progress>) -> Result<Value, Problem> + Send + 'static,
     ) -> Arc<Job> {
         let job = Arc::new(Job {
-            id: self.next.fetch_add(1, Ordering::Relaxed) + 1,
-            kind,
+            id: self.last.fetch_add(1, Ordering::Relaxed) + 1,
+            kind: kind.to_owned(),
             subject: subject.into(),
+            by: Origin::current().who,
             started: Utc::now(),
             clock: Instant::now(),
             ended_after: Mutex::new(None),
+            past: None,
             progress: Arc::new(Progress::new()),
             outcome: watch::channel(Outcome::Running).0,
         });
-        self.lock().insert(job.id, job.clone());
+        {
+            let mut jobs = self.lock();
+            jobs.insert(job.id, job.clone());
+            self.log(|log| log.started(job.logged().0));
+        }
         tracing::info!(job = job.id, kind, subject = job.subject.text, "job started");
         let (jobs, running) = (self.clone(), job.clone());
         tokio::task::spawn_blocking(move || {
@@ -208,17 +308,34 @@ impl Jobs {
                 tracing::error!(job = job.id, kind = job.kind, subject = job.subject.text, seconds, %problem, "job failed");
             }
         }
-        // Whoever learns of the end finds the list tidied.
-        let mut jobs = self.lock();
-        job.outcome.send_replace(match result {
+        let outcome = match result {
             Ok(result) => Outcome::Done { result },
             Err(problem) => Outcome::Failed { problem },
-        });
+        };
+        let told = if matches!(outcome, Outcome::Done { .. }) { "done" } else { "failed" };
+        self.record(job.id, job.what(), told);
+        {
+            let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+            let totals = totals.entry((job.kind.clone(), told)).or_default();
+            totals.count += 1;
+            totals.seconds += seconds;
+            totals.read += job.progress.read();
+            totals.stored += job.progress.stored();
+        }
+        // Whoever learns of the end finds it logged and the list tidied.
+        let mut jobs = self.lock();
+        self.log(|log| log.ended(Ended { outcome: outcome.clone(), ..job.logged().1 }));
+        job.outcome.send_replace(outcome);
         let ended: Vec<u64> =
             jobs.values().filter(|job| *job.outcome.borrow() != Outcome::Running).map(|job| job.id).collect();
         for id in ended.iter().rev().skip(KEPT_ENDED) {
             jobs.remove(id);
         }
+        self.log(|log| {
+            if log.is_long() {
+                log.rewrite(self.last.load(Ordering::Relaxed) + 1, jobs.values().map(|job| job.logged()));
+            }
+        });
     }
 
     /// The job with number `id`.
@@ -234,6 +351,11 @@ impl Jobs {
     /// All jobs, oldest first.
     pub fn list(&self) -> Vec<JobView> {
         self.lock().values().map(|job| job.view()).collect()
+    }
+
+    /// What has ended since the start, by kind and `done` or `failed`.
+    pub fn totals(&self) -> BTreeMap<(String, &'static str), Totals> {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The jobs still at work.
@@ -263,6 +385,67 @@ mod tests {
         assert_eq!(bad.view().outcome, Outcome::Failed { problem: Problem::refused("no") });
         assert!(matches!(broken.view().outcome, Outcome::Failed { .. }));
         assert!(jobs.running().is_empty());
+    }
+
+    #[tokio::test]
+    async fn jobs_are_known_to_the_next_process_and_numbers_are_not_used_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || {
+            let audit = Arc::new(Audit::open(dir.path().join("audit")));
+            (audit.clone(), Arc::new(Jobs::open(dir.path().join("jobs"), audit)))
+        };
+        let (_, jobs) = open();
+        let good = jobs.start("verify", "all", |_| Ok(Value::from(7)));
+        good.watch().wait_for(|outcome| *outcome != Outcome::Running).await.unwrap();
+        let (release, wait) = std::sync::mpsc::channel::<()>();
+        let work = move |_: &Arc<Progress>| {
+            let _ = wait.recv();
+            Ok(Value::Null)
+        };
+        let cut_off = jobs.start("backup", Subject::machine("web01"), work);
+        // The process that comes after a kill -9 finds the log as it is now.
+        let (audit, next) = open();
+        assert_eq!(next.get(good.id()).unwrap().view(), good.view());
+        let view = next.get(cut_off.id()).unwrap().view();
+        assert_eq!((view.outcome, view.machine.as_deref()), (Outcome::Interrupted, Some("web01")));
+        assert!(next.running().is_empty());
+        let fresh = next.start("verify", "all", |_| Ok(Value::Null));
+        assert_eq!(fresh.id(), cut_off.id() + 1);
+        fresh.watch().wait_for(|outcome| *outcome != Outcome::Running).await.unwrap();
+        let told = |audit: &Audit| {
+            let records = audit.list(&crate::audit::AuditQuery::default()).unwrap();
+            let ends = records.into_iter().filter_map(|chained| match chained.record.event {
+                Event::JobEnded { job, result, .. } => Some((job, result)),
+                _ => None,
+            });
+            ends.collect::<Vec<_>>()
+        };
+        let expected = [(1, "done"), (2, "interrupted"), (3, "done")].map(|(job, result)| (job, result.to_owned()));
+        assert_eq!(told(&audit), expected);
+        drop((audit, next));
+        assert_eq!(told(&open().0), expected, "an interruption is recorded once");
+        drop(release);
+    }
+
+    #[tokio::test]
+    async fn a_log_of_many_jobs_stays_short() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut log, _) = Log::open(dir.path().join("jobs"));
+        assert!(!log.is_long());
+        let (started, ended) = Job::of_past(
+            Started { id: 1, kind: "k".into(), subject: "s".into(), machine: None, by: "b".into(), time: Utc::now() },
+            Ended { id: 1, seconds: 0.0, progress: ProgressView::default(), outcome: Outcome::Interrupted },
+        )
+        .logged();
+        for _ in 0..1001 {
+            log.started(started.clone());
+            log.ended(ended.clone());
+        }
+        assert!(log.is_long());
+        log.rewrite(2, std::iter::once((started, ended)));
+        assert!(!log.is_long());
+        let (_, past) = Log::open(dir.path().join("jobs"));
+        assert_eq!((past.next, past.jobs.len()), (2, 1));
     }
 
     #[tokio::test]

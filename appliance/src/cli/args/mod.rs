@@ -1,10 +1,12 @@
 //! What can be typed.
 
+mod audit;
 mod drill;
 mod files;
 mod machine;
 mod points;
 mod recovery;
+mod schedule;
 mod serve;
 mod size;
 mod token;
@@ -16,13 +18,16 @@ use clap::builder::TypedValueParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::app::Options;
+use crate::config::ConfigFile;
 use crate::problem::Problem;
 
+pub use audit::{Audit, ListAudit, VerifyAudit};
 pub use drill::{Drill, Drills};
 pub use files::{Cp, Find, Ls, Mount};
 pub use machine::MachineArgs;
 pub use points::{Backup, Forget, Init, Machines, Points, Protect, Restore, Show, ShowPoint};
 pub use recovery::{Admission, Commit, Name, Recover, Recoveries, Recovery, Rehydrate, Start};
+pub use schedule::{RunSchedule, Schedule};
 pub use serve::{Export, Serve, Tls};
 pub use size::parse_size;
 pub use token::{CreateToken, RevokeToken, RoleArg, Token};
@@ -66,15 +71,27 @@ pub struct Global {
         conflicts_with = "passphrase_file"
     )]
     pub key_file: Option<PathBuf>,
-    /// Memory for chunks that are served again and again, shared by all disks
-    #[arg(long, global = true, help_heading = "Everywhere", env = "LIFEBOAT_CACHE", default_value = "512M", value_name = "SIZE", value_parser = parse_size)]
-    pub cache: u64,
+    /// Memory for chunks that are served again and again, shared by all disks [default: 512M]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "LIFEBOAT_CACHE", value_name = "SIZE", value_parser = parse_size)]
+    pub cache: Option<u64>,
     /// Answer in JSON
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub json: bool,
 }
 
+/// Memory for chunks if nobody says how much.
+const CACHE: u64 = 512 << 20;
+
 impl Global {
+    /// The same, with what a configuration says where the command line says nothing.
+    pub fn options_with(&self, config: Option<&ConfigFile>) -> Result<Options, Problem> {
+        let options = self.options()?;
+        let Some(config) = config else { return Ok(options) };
+        let state_given = self.state.as_ref().is_some_and(|state| !state.as_os_str().is_empty());
+        let cache = self.cache.or(config.cache()).unwrap_or(CACHE);
+        Ok(Options { cache, ..config.complete(options, state_given) })
+    }
+
     /// What a process that does the work itself opens.
     pub fn options(&self) -> Result<Options, Problem> {
         let state = match &self.state {
@@ -89,7 +106,7 @@ impl Global {
             passphrase_file: self.passphrase_file.clone(),
             passphrase: std::env::var("LIFEBOAT_PASSPHRASE").ok(),
             key_file: self.key_file.clone(),
-            cache: self.cache,
+            cache: self.cache.unwrap_or(CACHE),
         })
     }
 }
@@ -167,6 +184,12 @@ pub enum Command {
     /// Make, list and revoke the tokens that let programs and people use the API over the network
     #[command(subcommand)]
     Token(Token),
+    /// Show the policies of the service, or run one now
+    #[command(subcommand)]
+    Schedule(Schedule),
+    /// Show who has changed what through the API, and prove that the log of it is whole
+    #[command(subcommand)]
+    Audit(Audit),
     /// Boot recovery points in isolation, and judge whether they come up
     Drill(Drill),
     /// List what drills found

@@ -54,6 +54,12 @@ Commands on the same state folder speak with the service through its socket, whi
 --listen it answers on the network too, to those who have a token (`lifeboat token create`). Without --tls-dir it makes\n\
 certificates in STATE/tls; clients believe them by STATE/tls/ca-cert.pem.")]
 pub struct Serve {
+    /// Take what the command line does not say from this file; docs/guide/lifeboat.toml explains its keys
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Only say whether the configuration is good, and line and key of what is not
+    #[arg(long, requires = "config")]
+    pub check: bool,
     /// Answer the API on this address too, over HTTPS; port 0 takes a free one. Its URL is printed
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<SocketAddr>,
