@@ -12,6 +12,7 @@ use tokio::net::UnixListener;
 use crate::access::Caller;
 use crate::access::tokens::Tokens;
 use crate::api::listener::Listening;
+use crate::api::once::Keys;
 use crate::audit::Audit;
 use crate::catalog::{Catalog, Listing, PointSummary, spec};
 use crate::jobs::Jobs;
@@ -126,6 +127,8 @@ pub struct App {
     pub tokens: Arc<Tokens>,
     /// What runs by itself, if this is a service that has policies.
     pub schedules: OnceLock<Arc<Schedules>>,
+    /// Requests that are not to be carried out twice.
+    pub keys: Arc<Keys>,
     /// Who has changed what.
     pub audit: Arc<Audit>,
     /// Running recoveries.
@@ -169,6 +172,7 @@ impl App {
             jobs,
             audit,
             schedules: OnceLock::new(),
+            keys: Arc::default(),
             tokens: Arc::new(Tokens::open(state.tokens())),
             recoveries: Arc::new(Recoveries::new(context)),
             exports: Arc::new(Exports::new(server.clone())),

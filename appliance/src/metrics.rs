@@ -241,7 +241,8 @@ impl Collector for House {
             let kind_of = if *kind == Kind::Counter { MetricType::Counter } else { MetricType::Gauge };
             let mut metric = encoder.encode_descriptor(name, help, None, kind_of)?;
             for (labels, value) in values {
-                let family = metric.encode_family(&labels.as_slice())?;
+                let labels = labels.as_slice();
+                let family = metric.encode_family(&labels)?;
                 match kind {
                     Kind::Counter => ConstCounter::new(*value).encode(family)?,
                     Kind::Gauge => ConstGauge::new(*value).encode(family)?,

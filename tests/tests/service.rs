@@ -20,7 +20,7 @@ struct Served {
 impl Served {
     fn new(args: &[&str]) -> Served {
         let sandbox = Sandbox::with_plain_repository("64K");
-        fs::write(sandbox.path("disk.raw"), vec![7; 1 << 20]).unwrap();
+        fs::write(sandbox.path("disk.raw"), vec![7; 1 << 20]).expect("room for a disk");
         sandbox.ok(&["backup", "web01", &sandbox.name("disk.raw")]);
         Served::in_place(sandbox, args)
     }
@@ -55,7 +55,7 @@ fn answer(output: &Output) -> (u16, String) {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let complained = String::from_utf8_lossy(&output.stderr).into_owned();
     let (body, status) = said.rsplit_once('\n').unwrap_or_else(|| panic!("curl says nothing: {complained}"));
-    (status.parse().unwrap(), format!("{body}{complained}"))
+    (status.parse().expect("a status"), format!("{body}{complained}"))
 }
 
 #[test]
@@ -238,7 +238,7 @@ impl SlowDisk {
             .args(["-f", "-U", &socket, "--filter=delay", "pattern", "64M", "rdelay=200ms"])
             .stdout(Stdio::null())
             .spawn()
-            .unwrap();
+            .expect("nbdkit is there");
         wait_until("nbdkit listens", || sandbox.path("slow.sock").exists());
         SlowDisk(child, format!("nbd+unix:///?socket={socket}"))
     }

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use crate::problem::Problem;
 
 /// How long a request's body may take to arrive.
-const BODY: Duration = Duration::from_secs(30);
+pub const BODY: Duration = Duration::from_secs(30);
 
 fn bad(what: &str, status: StatusCode) -> Problem {
     Problem::usage(format!("bad request: {what}")).with_status(status)

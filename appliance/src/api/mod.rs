@@ -8,12 +8,14 @@ mod audit;
 mod drills;
 mod events;
 mod extract;
+mod feed;
 mod files;
 pub mod keyless;
 mod keys;
 pub mod listener;
 pub mod login;
 pub mod network;
+pub mod once;
 mod retention;
 mod schedules;
 pub mod table;
@@ -91,7 +93,16 @@ fn rows(app: &App) -> Vec<Row<Arc<App>>> {
         Row::put("/api/v1/recoveries/{name}/commits", OPERATOR, Reach::Recovery, schedule),
     ];
     let jobs = job_rows().into_iter().map(|row| row.with_state(app.jobs.clone()));
-    let families = [drills::rows(), keys::rows(), files::rows(), retention::rows(), tokens::rows(), audit::rows(), schedules::rows()];
+    let families = [
+        drills::rows(),
+        keys::rows(),
+        files::rows(),
+        retention::rows(),
+        tokens::rows(),
+        audit::rows(),
+        schedules::rows(),
+        feed::rows(),
+    ];
     own.into_iter().chain(jobs).chain(families.into_iter().flatten()).collect()
 }
 
@@ -175,6 +186,37 @@ async fn metrics(State(app): Shared) -> Result<Response, Problem> {
 #[derive(Debug, Deserialize)]
 struct PointsQuery {
     machine: Option<String>,
+    #[serde(flatten)]
+    page: Page,
+}
+
+/// A part of a list that is ordered: at most `limit` of what follows `after`.
+#[derive(Debug, Default, Deserialize)]
+struct Page {
+    after: Option<String>,
+    limit: Option<String>,
+}
+
+impl Page {
+    /// The part of `all`; `id` names what `after` may be.
+    fn of<T>(&self, mut all: Vec<T>, id: impl Fn(&T) -> String) -> Result<Vec<T>, Problem> {
+        if let Some(after) = &self.after {
+            let at = all.iter().position(|one| id(one) == *after).ok_or_else(|| {
+                Problem::usage(format!("there is nothing called `{after}` to go on after"))
+                    .hint("begin anew without it")
+            })?;
+            all.drain(..=at);
+        }
+        if let Some(limit) = &self.limit {
+            let limit: usize = limit
+                .parse()
+                .ok()
+                .filter(|limit| *limit > 0)
+                .ok_or_else(|| Problem::usage(format!("`{limit}` is not a number of things to list")))?;
+            all.truncate(limit);
+        }
+        Ok(all)
+    }
 }
 
 /// Runs work that touches the repository where it may block.
@@ -201,7 +243,8 @@ async fn list_points(State(app): Shared, caller: Caller, Query(query): Query<Poi
     let Listing { mut points, damaged } = blocking(move || app.listing_for(&caller)).await?;
     let Some(machine) = query.machine else {
         let points = points.into_iter().map(ListedPoint::Whole);
-        return Ok(Json(points.chain(damaged.into_iter().map(ListedPoint::Damaged)).collect()));
+        let all = points.chain(damaged.into_iter().map(ListedPoint::Damaged)).collect();
+        return query.page.of(all, point_id).map(Json);
     };
     // Whose the damaged ones are, nobody knows.
     points.retain(|point| point.machine == machine);
@@ -209,7 +252,14 @@ async fn list_points(State(app): Shared, caller: Caller, Query(query): Query<Poi
         return Err(Problem::not_found(format!("machine {machine} has no recovery point"))
             .hint("`lifeboat points` lists all machines"));
     }
-    Ok(Json(points.into_iter().map(ListedPoint::Whole).collect()))
+    query.page.of(points.into_iter().map(ListedPoint::Whole).collect(), point_id).map(Json)
+}
+
+fn point_id(point: &ListedPoint) -> String {
+    match point {
+        ListedPoint::Whole(point) => point.id.clone(),
+        ListedPoint::Damaged(point) => point.id.clone(),
+    }
 }
 
 async fn show_point(State(app): Shared, caller: Caller, Path(point): Path<String>) -> Answer<inspect::PointDetail> {
@@ -307,10 +357,10 @@ async fn export(State(app): Shared, Body(request): Body<ExportRequest>) -> Resul
     Ok(events::hold(hold))
 }
 
-async fn list_recoveries(State(app): Shared, caller: Caller) -> Json<Vec<RecoveryView>> {
+async fn list_recoveries(State(app): Shared, caller: Caller, Query(page): Query<Page>) -> Answer<Vec<RecoveryView>> {
     let mut views = app.recoveries.list();
     views.retain(|view| caller.sees(&view.machine));
-    Json(views)
+    page.of(views, |view| view.name.clone()).map(Json)
 }
 
 async fn show_recovery(State(app): Shared, Path(name): Path<String>) -> Answer<RecoveryView> {
@@ -419,10 +469,10 @@ async fn discard(State(app): Shared, Path(name): Path<String>) -> Answer<Recover
     work.await.map_err(|error| Problem::failed("the discard ended badly", &error))?.map(Json)
 }
 
-async fn list_jobs(State(jobs): State<Arc<Jobs>>, caller: Caller) -> Json<Vec<JobView>> {
+async fn list_jobs(State(jobs): State<Arc<Jobs>>, caller: Caller, Query(page): Query<Page>) -> Answer<Vec<JobView>> {
     let mut views = jobs.list();
     views.retain(|view| caller.sees_any(view.machine.as_deref()));
-    Json(views)
+    page.of(views, |view| view.id.to_string()).map(Json)
 }
 
 /// The job with number `id`, if the caller may know of it.
@@ -450,4 +500,29 @@ async fn follow_job(State(jobs): State<Arc<Jobs>>, caller: Caller, Path(id): Pat
 
 fn to_value(value: &impl Serialize) -> Result<serde_json::Value, Problem> {
     serde_json::to_value(value).map_err(|error| Problem::failed("cannot write the result", &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_of_a_list_make_all_of_it() {
+        let all: Vec<u64> = (1..=10).collect();
+        let page = |after: Option<u64>, limit: &str| {
+            let page = Page { after: after.map(|after| after.to_string()), limit: Some(limit.to_owned()) };
+            page.of(all.clone(), ToString::to_string)
+        };
+        let (mut seen, mut after) = (Vec::new(), None);
+        loop {
+            let part = page(after, "3").unwrap();
+            let Some(last) = part.last().copied() else { break };
+            (after, seen) = (Some(last), [seen, part].concat());
+        }
+        assert_eq!(seen, all);
+        assert_eq!(Page::default().of(all.clone(), ToString::to_string).unwrap(), all);
+        for (after, limit) in [(Some(11), "3"), (None, "0"), (None, "many")] {
+            assert_eq!(page(after, limit).unwrap_err().kind, crate::problem::Kind::Usage);
+        }
+    }
 }

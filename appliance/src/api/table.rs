@@ -23,7 +23,7 @@ use axum::extract::{FromRequestParts, Path, Request};
 use axum::handler::Handler;
 use axum::http::{Method, StatusCode};
 use axum::middleware::{Next, from_fn};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{self, MethodFilter, MethodRouter};
 
 use super::login::Peer;
@@ -171,7 +171,9 @@ impl Pass {
         }
         let (request, named) = self.within_reach(&app, &caller, request).await?;
         let who = caller.to_string();
-        let answer = Origin { who: who.clone() }.scope(next.run(request));
+        let once = app.keys.once(&caller, request, |request| next.run(request));
+        let once = async { once.await.unwrap_or_else(IntoResponse::into_response) };
+        let answer = Origin { who: who.clone() }.scope(once);
         match self.audited {
             true => recorded(&app, &caller, who, named, answer).await,
             false => Ok(answer.await),

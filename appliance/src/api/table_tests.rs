@@ -172,7 +172,10 @@ async fn who_is_limited_to_machines_gets_at_nothing_else() {
             Reach::Judged => {
                 let (path, body) = about_theirs(row);
                 let (status, said) = bench.network(&row.method, &path, Some(&stranger), body).await;
-                if row.method == Method::GET && !row.path.contains('{') {
+                if row.path == "/api/v1/events" {
+                    // Its own test says what is told to whom.
+                    assert_eq!(status, StatusCode::OK, "{name}");
+                } else if row.method == Method::GET && !row.path.contains('{') {
                     assert_eq!((status, said), (StatusCode::OK, json!([])), "{name}");
                 } else {
                     assert_eq!(status, StatusCode::NOT_FOUND, "{name}: {said}");
@@ -237,4 +240,54 @@ async fn what_does_not_exist_is_a_problem_document() {
     assert_eq!((status, &said["status"]), (StatusCode::METHOD_NOT_ALLOWED, &json!(405)));
     let (status, said) = bench.network(&Method::GET, "/healthz", None, None).await;
     assert_eq!((status, said), (StatusCode::OK, json!({ "status": "ok" })));
+}
+
+#[tokio::test]
+async fn events_are_told_to_those_who_may_see_what_they_are_about() {
+    use futures_util::{FutureExt, StreamExt};
+    let bench = Bench::new().await;
+    let (stranger, friend) = (bench.token(Role::Viewer, Some("mine")), bench.token(Role::Viewer, Some("theirs")));
+    let (release, wait) = std::sync::mpsc::channel::<()>();
+    let subject = crate::jobs::Subject::machine("theirs");
+    bench.app.jobs.start("backup", subject, move |_| {
+        let _ = wait.recv();
+        Ok(Value::Null)
+    });
+    let listen = async |token: &str| {
+        let request = Request::get("/api/v1/events").extension(Peer([192, 0, 2, 1].into()));
+        let request = request.header(header::AUTHORIZATION, format!("Bearer {token}")).body(Body::empty()).unwrap();
+        super::super::strangers(&bench.app).oneshot(request).await.unwrap().into_body().into_data_stream()
+    };
+    let (mut told, mut silent) = (listen(&friend).await, listen(&stranger).await);
+    let next = async |told: &mut axum::body::BodyDataStream| {
+        String::from_utf8(told.next().await.unwrap().unwrap().to_vec()).unwrap()
+    };
+    let text = next(&mut told).await;
+    assert!(text.starts_with("event: job\n") && text.contains("\"state\":\"running\""), "{text}");
+    drop(release);
+    let text = next(&mut told).await;
+    assert!(text.contains("\"state\":\"done\""), "{text}");
+    assert!(silent.next().now_or_never().is_none(), "a stranger is told of it");
+}
+
+#[tokio::test]
+async fn a_start_with_an_idempotency_key_is_done_once() {
+    let bench = Bench::new().await;
+    let disk = bench.dir.path().join("disk.raw");
+    let body = json!({ "machine": "theirs", "sources": [{ "disk": "disk0", "location": disk }] });
+    let token = bench.token(Role::Operator, None);
+    let mut numbers = Vec::new();
+    for key in ["one", "one", "two"] {
+        let request = Request::post("/api/v1/points")
+            .extension(Peer([192, 0, 2, 1].into()))
+            .header(header::AUTHORIZATION, format!("Bearer {token}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .header("Idempotency-Key", key);
+        let request = request.body(Body::from(body.to_string())).unwrap();
+        let response = super::super::strangers(&bench.app).oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::ACCEPTED);
+        let bytes = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
+        numbers.push(serde_json::from_slice::<Value>(&bytes).unwrap()["id"].as_u64().unwrap());
+    }
+    assert_eq!(numbers, [2, 2, 3]);
 }

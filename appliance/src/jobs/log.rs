@@ -213,7 +213,7 @@ mod tests {
         let path = dir.path().join("jobs");
         let (mut log, past) = Log::open(path.clone());
         assert_eq!((past.next, past.jobs.len()), (0, 0));
-        let empty = std::fs::metadata(&path).unwrap().len() as usize;
+        let empty = std::fs::read(&path).unwrap().len();
         log.started(started(1));
         log.started(started(2));
         log.ended(ended(1, Outcome::Done { result: Value::from(7) }));

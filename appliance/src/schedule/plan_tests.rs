@@ -88,8 +88,8 @@ fn every_quarter_of_an_hour_goes_by_real_time_on_a_day_of_25_hours() {
     let mut simulation = Simulation::new(plan("*/15 * * * *", "Europe/Berlin"), begin);
     simulation.go(begin, end, TimeDelta::minutes(1));
     assert_eq!(simulation.runs.len(), 25 * 4 - 1, "the first one is due a quarter after the beginning");
-    let gaps = simulation.runs.windows(2).map(|pair| pair[1] - pair[0]);
-    assert!(gaps.into_iter().all(|gap| gap == TimeDelta::minutes(15)));
+    let mut gaps = simulation.runs.windows(2).map(|pair| pair[1] - pair[0]);
+    assert!(gaps.all(|gap| gap == TimeDelta::minutes(15)));
 }
 
 #[test]

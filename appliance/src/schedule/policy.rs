@@ -131,7 +131,8 @@ impl PolicyConfig {
             let sources = parse_sources(&config.sources).map_err(|problem| wrong(&key, problem.to_string()))?;
             let (labels, format) = (config.labels.clone(), config.format.clone());
             let hardware = Hardware::default();
-            let request = BackupRequest { machine: machine.clone(), sources, labels, format, hardware };
+            let machine = machine.clone();
+            let request = BackupRequest { machine, sources, domain: None, labels, format, hardware };
             request.check().map_err(|problem| wrong(&key, problem.to_string()))?;
             backups.push(request);
         }
