@@ -66,7 +66,7 @@ fn a_recovered_domain_outlives_lifeboat_and_libvirtd_and_moves_to_production_by_
 
     // To production storage, while it counts; in the middle Lifeboat dies once more.
     let target = sandbox.name("production.raw");
-    sandbox.ok(&["rehydrate", "vm", "--mode", "stream", "--to", &target, "--limit", "4M", "--detach"]);
+    sandbox.ok(&["rehydrate", "vm", "--mode", "stream", "--to", &target, "--limit", "24M", "--detach"]);
     count_on(&mut console, 2);
     sandbox.kill_owner();
     wait_until("all is copied", || sandbox.json(&["recovery", "vm"])["state"] == "ready-for-cutover");
