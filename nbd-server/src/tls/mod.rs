@@ -165,10 +165,11 @@ impl ClientName {
     }
 }
 
-/// The name in `DnsName("NAME")` or `IpAddress(NAME)`.
+/// The name in `DnsName("NAME")` or `IpAddress(NAME)`; an address in its usual form.
 fn plain(name: &str) -> String {
     let inside = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
-    inside.map_or(name, |inside| inside.trim_matches('"')).to_owned()
+    let name = inside.map_or(name, |inside| inside.trim_matches('"'));
+    name.parse::<std::net::IpAddr>().map_or_else(|_| name.to_owned(), |address| address.to_string())
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
