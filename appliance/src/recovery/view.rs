@@ -8,7 +8,7 @@ use super::state::State;
 use super::{DiskView, HypervisorKind, RecoveryView, RehydrationView};
 use crate::catalog::DiskSummary;
 use crate::disks;
-use crate::rehydrate::Phase;
+use crate::rehydrate::{Phase, Progress};
 use crate::statistics::Served;
 
 impl Recovery {
@@ -39,6 +39,8 @@ impl Recovery {
                 served: served(&shown, &disk.name),
             }
         };
+        // Looked at once: what is held has its reason beside it.
+        let progress = shown.moving.as_ref().map(|moving| moving.progress());
         let mut timings = shown.timings;
         timings.first_read_ms = self.first_read.millis();
         RecoveryView {
@@ -46,7 +48,7 @@ impl Recovery {
             point: self.definition.point.clone(),
             machine: self.definition.machine.clone(),
             state: shown.state,
-            problem: shown.problem.clone().or_else(|| held(&shown)),
+            problem: shown.problem.clone().or_else(|| held(progress.as_ref()?)),
             hypervisor: on.clone(),
             domain: shown.domain.clone(),
             accelerator: shown.accelerator.clone(),
@@ -57,7 +59,7 @@ impl Recovery {
             guest_agent: socket("guest-agent.sock"),
             display: qemu.then(|| machine::display_uri(&self.definition.request, &self.socket(VNC_SOCKET))).flatten(),
             disks: self.definition.disks.iter().enumerate().map(disk).collect(),
-            rehydration: rehydration(&shown, &self.definition.disks),
+            rehydration: rehydration(&shown, progress.as_ref(), &self.definition.disks),
             commits: shown.commits.view(),
             next: shown.state.next_steps().iter().map(|step| (*step).to_owned()).collect(),
             timings,
@@ -71,15 +73,15 @@ fn served(shown: &Shown, disk: &str) -> Option<Served> {
 }
 
 /// Why nothing is copied, before whoever watches has noted it.
-fn held(shown: &Shown) -> Option<String> {
-    match shown.moving.as_ref()?.progress().phase {
-        Phase::Held(why) => Some(why),
+fn held(progress: &Progress) -> Option<String> {
+    match &progress.phase {
+        Phase::Held(why) => Some(why.clone()),
         Phase::Copying | Phase::Comparing | Phase::Ready | Phase::Retrying(_) => None,
     }
 }
 
 /// What is shown of a rehydration.
-fn rehydration(shown: &Shown, disks: &[DiskSummary]) -> Option<RehydrationView> {
+fn rehydration(shown: &Shown, progress: Option<&Progress>, disks: &[DiskSummary]) -> Option<RehydrationView> {
     let plan = shown.plan.as_ref()?;
     if shown.state == State::CutOver {
         return None;
@@ -94,8 +96,7 @@ fn rehydration(shown: &Shown, disks: &[DiskSummary]) -> Option<RehydrationView> 
         dirty_rate: 0,
         latency_us: None,
     };
-    let Some(moving) = &shown.moving else { return Some(view) };
-    let progress = moving.progress();
+    let (Some(moving), Some(progress)) = (&shown.moving, progress) else { return Some(view) };
     view.left = disks.iter().enumerate().map(|(at, disk)| disk.size.saturating_sub(moving.hydrated(at))).sum();
     view.phase = match progress.phase {
         Phase::Copying => "copying",
