@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -19,6 +19,8 @@ use crate::qemu_nbd;
 
 /// Longest description that is read.
 const DESCRIPTION_MAX: u64 = 4 << 20;
+/// Longest name or extended header that is read.
+const EXTENSION_MAX: u64 = 64 << 10;
 /// Most files in an OVA.
 const MEMBERS_MAX: usize = 4096;
 /// First bytes of a sparse VMDK.
@@ -100,9 +102,32 @@ fn disks(file: &File) -> Result<Vec<Member>, OvaError> {
     Ok(disks)
 }
 
+/// Refuses what the tar library would read into memory whole: long names and extended headers of any length.
+fn check_headers(file: &File) -> Result<(), OvaError> {
+    let mut archive = tar::Archive::new(file);
+    for (number, entry) in archive.entries_with_seek()?.raw(true).enumerate() {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(error) => return refuse(format!("it is not a whole tar file: {error}")),
+        };
+        let kind = entry.header().entry_type();
+        let plain = kind.is_file() || kind.is_dir() || kind.is_symlink() || kind.is_hard_link();
+        if !plain && entry.size() > EXTENSION_MAX {
+            return refuse(format!("it has an entry of {} bytes that is not a file", entry.size()));
+        }
+        if number >= MEMBERS_MAX * 2 {
+            return refuse(format!("it holds more than {MEMBERS_MAX} files"));
+        }
+    }
+    Ok(())
+}
+
 /// All regular files, by name.
 fn members(file: &File) -> Result<HashMap<String, Member>, OvaError> {
     let length = file.metadata()?.len();
+    check_headers(file)?;
+    let mut file = file;
+    file.rewind()?;
     let mut archive = tar::Archive::new(file);
     let mut members = HashMap::new();
     let entries = archive.entries_with_seek()?;
@@ -218,6 +243,21 @@ mod tests {
             disk_files(&description(references, disks)).unwrap_err();
         }
         disk_files("no XML").unwrap_err();
+    }
+
+    #[test]
+    fn a_name_of_megabytes_is_refused_unread() {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_size(1 << 20);
+        header.set_cksum();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(header.as_bytes(), 0).unwrap();
+        file.set_len(512 + (1 << 20) + 1024).unwrap();
+        match members(&file) {
+            Err(OvaError::Refused(why)) => assert!(why.contains("1048576"), "{why}"),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
