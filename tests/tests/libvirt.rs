@@ -52,7 +52,7 @@ fn a_recovered_domain_outlives_lifeboat_and_libvirtd_and_moves_to_production_by_
     assert!(view["pid"].is_u64() && view["qmp"].is_null(), "{view}");
     count_on(&mut console, 5);
 
-    // Lifeboat dies, then the daemon, then both.
+    // Lifeboat dies, then the daemon, then both; Lifeboat is back first, and waits for the daemon.
     sandbox.kill_owner();
     let after = sandbox.json(&["recovery", "vm"]);
     assert_eq!((&after["state"], &after["pid"]), (&view["state"], &view["pid"]));
@@ -60,6 +60,7 @@ fn a_recovered_domain_outlives_lifeboat_and_libvirtd_and_moves_to_production_by_
     daemon.kill();
     count_on(&mut console, 3);
     sandbox.kill_owner();
+    assert_eq!(sandbox.json(&["recovery", "vm"])["vm"], "unreachable");
     daemon.start_again();
     wait_until("the domain is seen to run again", || sandbox.json(&["recovery", "vm"])["vm"] == "running");
     count_on(&mut console, 5);

@@ -287,7 +287,7 @@ impl Recovery {
 
     /// Refuses where a VM may live that cannot be asked.
     fn reachable(&self) -> Result<(), Problem> {
-        if self.lock().vm.as_deref() == Some("unreachable") {
+        if self.is_unreachable() {
             return Err(Problem::failed(
                 format!("the VM of recovery {} lives and does not answer", self.name()),
                 &std::io::Error::from(std::io::ErrorKind::NotConnected),

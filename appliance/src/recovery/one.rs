@@ -300,6 +300,8 @@ impl Recovery {
         driver.stop_watchers();
         if let Some(vm) = &driver.vm {
             driver.watchers.push(tokio::spawn(watch::vm(self.clone(), vm.clone())));
+        } else if self.is_unreachable() {
+            driver.watchers.push(tokio::spawn(watch::unreachable(self.clone())));
         }
         driver.watchers.push(tokio::spawn(watch::room(self.clone())));
         if driver.state.commits() && self.lock().commits.schedule.is_some() {

@@ -14,6 +14,8 @@ use crate::problem::Problem;
 
 /// How long QEMU may take to end by itself when a recovery is discarded.
 const QUIT_GRACE: Duration = Duration::from_secs(5);
+/// What is shown of a VM that may live and cannot be asked.
+const UNREACHABLE: &str = "unreachable";
 
 impl Recovery {
     pub(super) async fn start_vm(self: &Arc<Self>, driver: &mut Driver) -> Result<(), Problem> {
@@ -126,11 +128,32 @@ impl Recovery {
                 });
             }
             Err(error) => {
-                let error = crate::problem::chain(&error);
-                tracing::error!(recovery = %self.definition.name, error, "cannot reach the VM");
-                self.show(|shown| shown.vm = Some("unreachable".to_owned()));
+                if !self.is_unreachable() {
+                    let error = crate::problem::chain(&error);
+                    tracing::error!(recovery = %self.definition.name, error, "cannot reach the VM");
+                }
+                self.show(|shown| shown.vm = Some(UNREACHABLE.to_owned()));
             }
         }
+    }
+
+    /// Whether it has a VM that may live and cannot be asked.
+    pub(super) fn is_unreachable(&self) -> bool {
+        self.lock().vm.as_deref() == Some(UNREACHABLE)
+    }
+
+    /// Tries to find a VM that could not be asked, and watches it from then on. Whether there is nothing more to try.
+    pub(super) async fn reach_again(self: &Arc<Self>) -> bool {
+        let mut driver = self.driver.lock().await;
+        if self.is_unreachable() {
+            self.adopt(&mut driver).await;
+            if self.is_unreachable() {
+                return false;
+            }
+            tracing::info!(recovery = %self.definition.name, "the VM can be asked again");
+            self.watch(&mut driver);
+        }
+        true
     }
 
     pub(super) fn have_vm(&self, driver: &mut Driver, vm: Arc<dyn Machine>) {

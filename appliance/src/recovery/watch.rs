@@ -25,8 +25,10 @@ const ROOM_TO_WARN: u64 = 2 << 30;
 /// Keeps what is shown of the VM true until it ends, and lets it go on when its disk can be written again.
 pub(super) async fn vm(recovery: Arc<Recovery>, vm: Arc<dyn Machine>) {
     let mut pause = WATCH_INTERVAL;
+    // Listened for all the while: an end that falls between two looks is not missed.
+    let mut end = vm.wait_exit();
     loop {
-        let exited = tokio::time::timeout(pause, vm.wait_exit()).await.is_ok();
+        let exited = tokio::time::timeout(pause, &mut end).await.is_ok();
         if exited {
             tracing::info!(recovery = %recovery.name(), "the VM has ended");
             recovery.show(|shown| {
@@ -49,6 +51,16 @@ pub(super) async fn vm(recovery: Arc<Recovery>, vm: Arc<dyn Machine>) {
             }
             // The request that failed is repeated and may fail again: not too often.
             pause = (pause * 2).min(RESUME_INTERVAL_MAX);
+        }
+    }
+}
+
+/// Looks for a VM that could not be asked, until it is found or known to have ended.
+pub(super) async fn unreachable(recovery: Arc<Recovery>) {
+    loop {
+        tokio::time::sleep(WATCH_INTERVAL).await;
+        if recovery.reach_again().await {
+            return;
         }
     }
 }

@@ -131,15 +131,23 @@ impl LibvirtMachine {
     async fn wait_gone(&self) -> Exit {
         let mut events = self.events.subscribe();
         loop {
-            match tokio::time::timeout(LOOK, events.recv()).await {
-                Ok(Ok(MachineEvent::Shutdown { by_guest, reason })) => return Exit { by_guest, reason: Some(reason) },
-                Ok(Ok(_)) => continue,
-                Ok(Err(broadcast::error::RecvError::Closed)) => tokio::time::sleep(LOOK).await,
-                Ok(Err(broadcast::error::RecvError::Lagged(_))) | Err(_) => {}
-            }
-            // A libvirt that cannot be reached says nothing of the domain, which lives without it.
+            // It may have ended before anybody listened. A libvirt that cannot be reached says nothing of the domain,
+            // which lives without it.
             if let Ok(None) = self.state().await {
                 return Exit { by_guest: false, reason: None };
+            }
+            loop {
+                match tokio::time::timeout(LOOK, events.recv()).await {
+                    Ok(Ok(MachineEvent::Shutdown { by_guest, reason })) => {
+                        return Exit { by_guest, reason: Some(reason) };
+                    }
+                    Ok(Ok(_)) => {}
+                    Ok(Err(broadcast::error::RecvError::Closed)) => {
+                        tokio::time::sleep(LOOK).await;
+                        break;
+                    }
+                    Ok(Err(broadcast::error::RecvError::Lagged(_))) | Err(_) => break,
+                }
             }
         }
     }
