@@ -35,7 +35,6 @@ fn different_files(sandbox: &Sandbox, point: &str, dest: &str) -> Vec<String> {
 }
 
 #[test]
-#[ignore = "nightly: boots an emulated Debian three times"]
 fn a_debian_goes_from_its_backup_to_production_storage_and_loses_nothing() {
     if !have(&["qemu-system-x86_64", "mmdebstrap", "tar", "sha256sum"]) {
         return;
