@@ -15,6 +15,7 @@ use crate::api::listener::Listening;
 use crate::api::once::Keys;
 use crate::audit::Audit;
 use crate::catalog::{Catalog, Listing, PointSummary, spec};
+use crate::events::Events;
 use crate::jobs::Jobs;
 use crate::problem::{Kind, Problem};
 use crate::publish::Exports;
@@ -123,6 +124,8 @@ pub struct App {
     pub state: StateDir,
     /// Long work.
     pub jobs: Arc<Jobs>,
+    /// What happens.
+    pub events: Arc<Events>,
     /// Who may ask over the network.
     pub tokens: Arc<Tokens>,
     /// What runs by itself, if this is a service that has policies.
@@ -159,17 +162,20 @@ impl App {
         let repository = Arc::new(repository);
         let server = Server::new(Arc::default(), Limits::default());
         let audit = Arc::new(Audit::open(state.audit()));
-        let jobs = Arc::new(Jobs::open(state.jobs(), audit.clone()));
+        let events = Arc::new(Events::default());
+        let jobs = Arc::new(Jobs::open(state.jobs(), audit.clone(), events.clone()));
         let context = crate::recovery::Context {
             repository: repository.clone(),
             state: state.clone(),
             server: server.clone(),
             jobs: jobs.clone(),
+            events: events.clone(),
         };
         Ok(Arc::new(App {
             location,
             repository,
             jobs,
+            events,
             audit,
             schedules: OnceLock::new(),
             keys: Arc::default(),

@@ -16,6 +16,7 @@ pub mod config;
 mod crash;
 pub mod disks;
 pub mod drill;
+pub mod events;
 pub mod exports;
 pub mod files;
 mod forget;

@@ -63,7 +63,7 @@ impl House {
             running: app.jobs.running().into_iter().map(|job| job.view()).collect(),
             totals: app.jobs.totals(),
             recoveries: app.recoveries.list(),
-            schedules: schedules.map_or(Vec::new(), |schedules| schedules.list(chrono::Utc::now())),
+            schedules: schedules.map_or(Vec::new(), |schedules| schedules.list()),
             free: free.collect(),
         }))
     }
@@ -117,8 +117,7 @@ fn machines(points: &[PointSummary]) -> [Metric; 5] {
         if machine.newest.as_ref().is_none_or(|newest| newest.time <= point.time) {
             machine.newest = Some(point.clone());
         }
-        let passed = point.drill.as_ref().is_some_and(|drill| drill["result"] == "passed");
-        if passed {
+        if point.came_up() == Some(true) {
             machine.verified = Some(machine.verified.unwrap_or(0.0).max(seconds(point.time)));
         }
     }

@@ -8,8 +8,9 @@ use crate::api::network::{Bound, NetworkOptions};
 use crate::app::{App, Options};
 use crate::problem::{Handling, Problem};
 use crate::schedule::alerts::Alerts;
-use crate::schedule::policy::{AlertsConfig, Policy};
-use crate::schedule::{Schedules, runner};
+use crate::schedule::clock::Clock;
+use crate::schedule::policy::{AlertsConfig, HooksConfig, Policy};
+use crate::schedule::{Schedules, hooks, runner};
 use crate::signals;
 
 /// A service that another command started ends when it has had nothing to serve for this long.
@@ -32,6 +33,10 @@ pub struct ServiceOptions {
     pub policies: BTreeMap<String, Policy>,
     /// Who is told what somebody has to know.
     pub alerts: AlertsConfig,
+    /// Which programs are told of what happens.
+    pub hooks: HooksConfig,
+    /// How many times faster than the host's the clock of policies runs.
+    pub clock_speed: u32,
 }
 
 /// Serves until told to stop, or, in the background, until there is nothing left to serve. `tell` is told where clients
@@ -57,7 +62,9 @@ pub async fn serve(options: &Options, service: &ServiceOptions, tell: impl FnOnc
         None => None,
     };
     // Exports first: guests wait for their disks, everybody else can wait a moment.
+    let begin = app.events.newest();
     app.recoveries.take_up().await;
+    let hooks = tokio::spawn(hooks::run(app.clone(), service.hooks.clone(), begin));
     let schedules = schedules(&app, service);
     let mut listening = app.listen()?;
     tracing::info!(
@@ -76,6 +83,7 @@ pub async fn serve(options: &Options, service: &ServiceOptions, tell: impl FnOnc
     if let Some(schedules) = schedules {
         schedules.abort();
     }
+    hooks.abort();
     for job in app.jobs.running() {
         job.cancel();
     }
@@ -105,7 +113,8 @@ fn schedules(app: &Arc<App>, service: &ServiceOptions) -> Option<tokio::task::Jo
         return None;
     }
     let (policies, alerts) = (service.policies.clone(), Alerts::new(service.alerts.clone()));
-    let schedules = Arc::new(Schedules::open(policies, alerts, app.state.schedules(), chrono::Utc::now()));
+    let clock = Clock::new(service.clock_speed);
+    let schedules = Arc::new(Schedules::open(policies, alerts, app.state.schedules(), clock));
     let schedules = app.schedules.get_or_init(|| schedules).clone();
     Some(tokio::spawn(runner::run(schedules, app.clone())))
 }

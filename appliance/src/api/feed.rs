@@ -1,117 +1,127 @@
 //! `/api/v1/events`: what happens, as it happens. Whoever listens is told of running jobs and of recoveries once, then of
-//! each change of their state.
+//! each change. Each event has an id; whoever comes back with the last one as `Last-Event-ID` is told what he has missed,
+//! or, if that is not known any more, `reset` and then how all stands now.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use super::Shared;
 use super::table::{Reach, Row, VIEWER};
 use crate::access::Caller;
 use crate::app::App;
+use crate::events::{Events, Following, Happened, Topic};
 use crate::jobs::Outcome;
 use crate::signals;
 
-/// How often is looked.
-const LOOK: Duration = Duration::from_millis(500);
+/// Where a listener was when the connection broke.
+const LAST: &str = "last-event-id";
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![Row::get("/api/v1/events", VIEWER, Reach::Judged, follow)]
 }
 
-/// What was told last: of each thing its state, by name of the event and of the thing.
-#[derive(Debug, Default)]
-struct Told(BTreeMap<(&'static str, String), String>);
+/// A listener: who it is, how far it has been told, and what it is to be told next.
+struct Listener {
+    app: Arc<App>,
+    caller: Caller,
+    told: u64,
+    newest: watch::Receiver<u64>,
+    waiting: VecDeque<Event>,
+}
 
-/// A thing now: name of the event, name of the thing, its state, all of it.
-type Now = (&'static str, String, String, Value);
+/// Which jobs somebody is told of who knows nothing yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Jobs {
+    Running,
+    All,
+}
 
-impl Told {
-    /// What has changed. Things that are gone are told as such.
-    fn changes(&mut self, now: Vec<Now>) -> Vec<(&'static str, Value)> {
-        let mut changes = Vec::new();
-        let mut before = std::mem::take(&mut self.0);
-        for (event, name, state, value) in now {
-            let known = before.remove(&(event, name.clone()));
-            if known.as_ref() != Some(&state) {
-                changes.push((event, value));
-            }
-            self.0.insert((event, name), state);
+impl Listener {
+    fn sees(&self, event: &Happened) -> bool {
+        self.caller.sees_any(event.machine.as_deref())
+    }
+
+    fn push(&mut self, number: u64, name: &str, thing: &Value) {
+        let event = Event::default().id(self.app.events.id(number)).event(name).data(thing.to_string());
+        self.waiting.push_back(event);
+    }
+
+    /// How all stands.
+    fn begin(&mut self, jobs: Jobs) {
+        // What changes while it is looked at is told twice.
+        self.told = self.app.events.newest();
+        let (recoveries, listed) = (self.app.recoveries.list(), self.app.jobs.list());
+        for view in recoveries.into_iter().filter(|view| self.caller.sees(&view.machine)).collect::<Vec<_>>() {
+            self.push(self.told, Topic::Recovery.name(), &serde_json::to_value(view).unwrap_or_default());
         }
-        // Jobs that are no longer listed ended long ago.
-        let gone = before.into_keys().filter(|(event, _)| *event == "recovery");
-        changes.extend(gone.map(|(event, name)| (event, json!({ "name": name, "state": "gone" }))));
-        changes
+        let wanted = |outcome: &Outcome| jobs == Jobs::All || *outcome == Outcome::Running;
+        for view in listed.into_iter().filter(|view| wanted(&view.outcome)) {
+            if self.caller.sees_any(view.machine.as_deref()) {
+                self.push(self.told, Topic::Job.name(), &serde_json::to_value(view).unwrap_or_default());
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        self.push(self.app.events.newest(), "reset", &json!({}));
+        self.begin(Jobs::All);
+    }
+
+    /// What has happened since it was told last.
+    fn go_on(&mut self) {
+        match self.app.events.after(self.told) {
+            Following::Lost => self.reset(),
+            Following::All(events) => {
+                for event in events {
+                    self.told = event.number;
+                    if self.sees(&event) {
+                        self.push(event.number, event.topic.name(), &event.thing);
+                    }
+                }
+            }
+        }
     }
 }
 
-fn look(app: &App, caller: &Caller) -> Vec<Now> {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let recoveries = app.recoveries.list().into_iter().filter(|view| caller.sees(&view.machine)).map(|view| {
-        let name = view.name.clone();
-        let vm = view.vm.clone().unwrap_or_default();
-        let value = serde_json::to_value(view).unwrap_or_default();
-        ("recovery", name, format!("{} {vm}", text(&value["state"])), value)
-    });
-    let jobs = app.jobs.list().into_iter().filter(|view| caller.sees_any(view.machine.as_deref()));
-    let jobs = jobs.map(|view| {
-        let id = view.id.to_string();
-        let value = serde_json::to_value(view).unwrap_or_default();
-        ("job", id, text(&value["state"]), value)
-    });
-    recoveries.chain(jobs).collect()
+fn number(events: &Events, headers: &HeaderMap) -> Option<Option<u64>> {
+    let last = headers.get(LAST)?;
+    Some(last.to_str().ok().and_then(|id| events.number(id)))
 }
 
-async fn follow(State(app): Shared, caller: Caller) -> Response {
-    let mut told = Told::default();
-    // What ended before somebody listened is in the list of jobs.
-    for job in app.jobs.list().into_iter().filter(|job| job.outcome != Outcome::Running) {
-        let state =
-            serde_json::to_value(&job.outcome).map(|value| value["state"].as_str().unwrap_or_default().to_owned());
-        told.0.insert(("job", job.id.to_string()), state.unwrap_or_default());
+async fn follow(State(app): Shared, caller: Caller, headers: HeaderMap) -> Response {
+    let newest = app.events.watch();
+    let last = number(&app.events, &headers);
+    let mut listener = Listener { app, caller, told: 0, newest, waiting: VecDeque::new() };
+    match last {
+        None => listener.begin(Jobs::Running),
+        Some(None) => listener.reset(),
+        Some(Some(number)) => {
+            listener.told = number;
+            listener.go_on();
+        }
     }
-    let begin = told.changes(look(&app, &caller));
-    let waiting: VecDeque<(&'static str, Value)> = begin.into();
-    let events = stream::unfold((app, caller, told, waiting), |(app, caller, mut told, mut waiting)| async move {
+    let events = stream::unfold(listener, |mut listener| async move {
         loop {
-            if let Some((name, value)) = waiting.pop_front() {
-                let event = Event::default().event(name).data(value.to_string());
-                return Some((Ok::<_, Infallible>(event), (app, caller, told, waiting)));
+            if let Some(event) = listener.waiting.pop_front() {
+                return Some((Ok::<_, Infallible>(event), listener));
             }
             tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
+                // The sender is the application's, and outlives its listeners.
+                changed = listener.newest.changed() => changed.ok()?,
                 () = signals::stop_signal() => return None,
             }
-            waiting.extend(told.changes(look(&app, &caller)));
+            listener.go_on();
         }
     });
     Sse::new(events).keep_alive(KeepAlive::new().interval(Duration::from_secs(10))).into_response()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn now(things: &[(&'static str, &str, &str)]) -> Vec<Now> {
-        things.iter().map(|(event, name, state)| (*event, (*name).into(), (*state).into(), json!(state))).collect()
-    }
-
-    #[test]
-    fn only_changes_are_told_and_what_goes() {
-        let mut told = Told::default();
-        let both = [("job", "1", "running"), ("recovery", "web01", "running")];
-        assert_eq!(told.changes(now(&both)).len(), 2);
-        assert_eq!(told.changes(now(&both)), []);
-        let done = [("job", "1", "done"), ("recovery", "web01", "running")];
-        assert_eq!(told.changes(now(&done)), [("job", json!("done"))]);
-        let gone = told.changes(now(&[]));
-        assert_eq!(gone, [("recovery", json!({ "name": "web01", "state": "gone" }))]);
-    }
 }

@@ -6,7 +6,6 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use chrono::Utc;
 
 use super::extract::Path;
 use super::table::{OPERATOR, Reach, Row, VIEWER};
@@ -25,7 +24,7 @@ pub(super) fn rows() -> Vec<Row<Arc<App>>> {
 }
 
 async fn list(State(app): Shared) -> Json<Vec<ScheduleView>> {
-    Json(app.schedules.get().map_or(Vec::new(), |schedules| schedules.list(Utc::now())))
+    Json(app.schedules.get().map_or(Vec::new(), |schedules| schedules.list()))
 }
 
 fn schedules<'a>(app: &'a App, policy: &str) -> Result<&'a Arc<Schedules>, Problem> {
@@ -36,7 +35,7 @@ fn schedules<'a>(app: &'a App, policy: &str) -> Result<&'a Arc<Schedules>, Probl
 }
 
 async fn show(State(app): Shared, Path(policy): Path<String>) -> Answer<ScheduleView> {
-    schedules(&app, &policy)?.view(&policy, Utc::now()).map(Json)
+    schedules(&app, &policy)?.view(&policy).map(Json)
 }
 
 async fn run(State(app): Shared, Path(policy): Path<String>) -> Result<Response, Problem> {

@@ -253,21 +253,33 @@ async fn events_are_told_to_those_who_may_see_what_they_are_about() {
         let _ = wait.recv();
         Ok(Value::Null)
     });
-    let listen = async |token: &str| {
-        let request = Request::get("/api/v1/events").extension(Peer([192, 0, 2, 1].into()));
+    let listen = async |token: &str, last: Option<&str>| {
+        let mut request = Request::get("/api/v1/events").extension(Peer([192, 0, 2, 1].into()));
+        if let Some(last) = last {
+            request = request.header("Last-Event-ID", last);
+        }
         let request = request.header(header::AUTHORIZATION, format!("Bearer {token}")).body(Body::empty()).unwrap();
         super::super::strangers(&bench.app).oneshot(request).await.unwrap().into_body().into_data_stream()
     };
-    let (mut told, mut silent) = (listen(&friend).await, listen(&stranger).await);
+    let (mut told, mut silent) = (listen(&friend, None).await, listen(&stranger, None).await);
     let next = async |told: &mut axum::body::BodyDataStream| {
         String::from_utf8(told.next().await.unwrap().unwrap().to_vec()).unwrap()
     };
-    let text = next(&mut told).await;
-    assert!(text.starts_with("event: job\n") && text.contains("\"state\":\"running\""), "{text}");
+    let begun = next(&mut told).await;
+    assert!(begun.contains("\nevent: job\n") && begun.contains("\"state\":\"running\""), "{begun}");
     drop(release);
-    let text = next(&mut told).await;
-    assert!(text.contains("\"state\":\"done\""), "{text}");
+    let ended = next(&mut told).await;
+    assert!(ended.contains("\"state\":\"done\""), "{ended}");
     assert!(silent.next().now_or_never().is_none(), "a stranger is told of it");
+
+    // Who comes back is told what he has missed, and who was away for too long how all stands.
+    let id = |event: &str| event.strip_prefix("id: ").unwrap().lines().next().unwrap().to_owned();
+    let mut back = listen(&friend, Some(&id(&begun))).await;
+    assert_eq!(next(&mut back).await, ended);
+    let mut late = listen(&friend, Some("of-another-process-7")).await;
+    assert!(next(&mut late).await.contains("\nevent: reset\n"));
+    let (first, second) = (next(&mut late).await, next(&mut late).await);
+    assert!(first.contains("\"id\":1,") && second.contains("\"id\":2,"), "all jobs: {first}{second}");
 }
 
 #[tokio::test]

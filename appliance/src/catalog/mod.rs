@@ -154,6 +154,11 @@ impl PointSummary {
         }
     }
 
+    /// Whether its last drill brought it up; nothing if there was none.
+    pub fn came_up(&self) -> Option<bool> {
+        self.drill.as_ref().map(|drill| drill["result"] == "passed")
+    }
+
     #[cfg(test)]
     pub(crate) fn example() -> PointSummary {
         PointSummary {

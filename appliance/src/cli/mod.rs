@@ -36,6 +36,7 @@ use clap::Parser;
 
 pub use args::parse_size;
 use args::{Cli, Command};
+pub use client::segment;
 pub use collect::parse_duration;
 use connect::Door;
 pub use render::{bytes, count};

@@ -33,11 +33,12 @@ pub async fn run(global: &Global, args: &Serve, config: Option<ConfigFile>) -> R
         render::line("the configuration is good");
         return Ok(());
     }
-    let (policies, alerts) = match &config {
-        Some(config) => (config.policies()?, config.alerts().clone()),
+    let (policies, alerts, hooks) = match &config {
+        Some(config) => (config.policies()?, config.alerts().clone(), config.config.hooks.clone()),
         None => Default::default(),
     };
-    let service = ServiceOptions { background: args.background, network, policies, alerts };
+    let (background, clock_speed) = (args.background, args.clock_speed);
+    let service = ServiceOptions { background, network, policies, alerts, hooks, clock_speed };
     service::serve(&options, &service, render::line).await
 }
 

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use crate::api::network::{NetworkOptions, Security};
 use crate::app::{Options, read_passphrase, read_small};
 use crate::problem::{Kind, Problem};
-use crate::schedule::policy::{AlertsConfig, Policy, PolicyConfig};
+use crate::schedule::policy::{AlertsConfig, HooksConfig, Policy, PolicyConfig};
 use place::Places;
 use values::{AbsolutePath, Location, LogFilter, Size};
 
@@ -35,6 +35,8 @@ pub struct Config {
     pub log: Log,
     policies: BTreeMap<String, PolicyConfig>,
     alerts: AlertsConfig,
+    /// Which programs are told of what happens.
+    pub hooks: HooksConfig,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -241,16 +243,23 @@ mod tests {
             .filter(|line| !line.starts_with("key-file") && !line.starts_with("insecure-http"))
             .map(|line| format!("{line}\n"))
             .collect();
-        let config = parse(&all).unwrap_or_else(|problem| panic!("{problem}\n{all}")).config;
-        let Config { repository, state, passphrase_file, key_file: _, cache, listen, log, policies, alerts } = config;
+        parse(&all).unwrap_or_else(|problem| panic!("{problem}\n{all}"));
+        // A machine's own drill has the keys of the policy's.
+        let (before, own) = all.split_once("[policies.daily.machines.web01.drill]").expect("it is in the sample");
+        let (_, after) = own.split_once("\n\n").expect("there is more");
+        let config = parse(&format!("{before}\n{after}")).expect("it is good without").config;
+        let Config { repository, state, passphrase_file, key_file: _, cache, listen, log, policies, alerts, hooks } =
+            config;
         assert!(repository.is_some() && state.is_some() && passphrase_file.is_some() && cache.is_some());
         let Listen { address: _, tls_dir, client_certificates, insecure_http: _ } = listen.unwrap();
         assert!(tls_dir.is_some() && client_certificates);
         assert!(log.filter.is_some());
         let AlertsConfig { command, webhook, stale_after, low_space } = alerts;
         assert!(command.is_some() && webhook.is_some() && stale_after.is_some() && low_space.is_some());
+        let HooksConfig { drill, recovery, deadline } = hooks;
+        assert!(drill.is_some() && recovery.is_some() && deadline.is_some());
         // Each key of a policy is told in the form that is printed of it.
-        let policies = format!("{policies:?}").replace("point: None, ", "");
+        let policies = format!("{policies:?}").replace("point: None, ", "").replace(", drill: None }", " }");
         assert!(!policies.contains("None"), "a key of a policy is not in the sample: {policies}");
         for left_out in ["#key-file = ", "#insecure-http = "] {
             assert!(SAMPLE.contains(left_out), "{left_out}");
@@ -292,6 +301,15 @@ mod tests {
             ("schedule = \"0 3 * * *\"\nverify = \"most\"", 3, "verify", "most"),
             ("schedule = \"0 3 * * *\"\nbefore = [\"sh\"]", 3, "before", "absolute path"),
             ("schedule = \"0 3 * * *\"\n[policies.daily.machines.a]\nsources = []", 4, "machines.a.sources", "no disk"),
+            ("schedule = \"0 3 * * *\"\n[policies.daily.libvirt]\ndomains = []", 4, "libvirt.domains", "no domain"),
+            (
+                "schedule = \"0 3 * * *\"\n[policies.daily.libvirt]\ndomains = [\"web-[\"]",
+                4,
+                "libvirt.domains",
+                "pattern",
+            ),
+            ("schedule = \"0 3 * * *\"\n[policies.daily.drill]\nexpect = [\"(\"]", 3, "drill", "cannot be expected"),
+            ("schedule = \"0 3 * * *\"\n[policies.daily.drill]\nprots = [22]", 4, "drill.prots", "unknown field"),
             (
                 "schedule = \"0 3 * * *\"\n[policies.daily.retention]\nkeep-dayly = 1",
                 4,

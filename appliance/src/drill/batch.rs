@@ -15,6 +15,7 @@ use super::{DrillReport, DrillRequest, report};
 use crate::admission::{Ask, Grant};
 use crate::app::App;
 use crate::catalog::PointSummary;
+use crate::events::Topic;
 use crate::jobs::Subject;
 use crate::problem::{Kind, Problem};
 use crate::recovery::RecoverRequest;
@@ -52,12 +53,11 @@ impl Plan {
 
 /// Finds the points that a request names and looks whether it makes sense.
 pub fn plan(app: &App, request: DrillRequest) -> Result<Plan, Problem> {
-    request.check()?;
+    let checks = request.checks()?;
     if request.points.is_empty() || request.points.len() > POINTS_MAX {
         return Err(Problem::usage(format!("{} points are named", request.points.len()))
             .hint(format!("name 1 to {POINTS_MAX} points to drill")));
     }
-    let checks = Check::all(&request)?;
     let points = request.points.iter().map(|spec| prepare(app, &request, spec)).collect::<Result<_, _>>()?;
     Ok(Plan { points, request: Arc::new(request), checks })
 }
@@ -140,6 +140,7 @@ fn one(
     let brought = runtime.block_on(run::run(&order, progress))?;
     drop(grant);
     let report = report::keep(app, brought);
+    app.events.tell(Topic::Drill, Some(&report.machine), &report);
     tracing::info!(
         machine = report.machine, point = report.point, result = %report.result, stage = %report.stage,
         reason = report.reason, rto_ms = report.rto_ms, seconds = report.seconds, "drill done"

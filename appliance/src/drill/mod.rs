@@ -98,8 +98,8 @@ impl DrillRequest {
         }
     }
 
-    /// Refuses what no drill can be made of, before anything exists.
-    fn check(&self) -> Result<(), Problem> {
+    /// Refuses what no drill can be made of, before anything exists. What it returns are its checks.
+    fn checks(&self) -> Result<Vec<checks::Check>, Problem> {
         const TIMEOUT_MAX: u64 = 24 * 3600;
         if !["isolated", "none"].contains(&self.network.as_str()) {
             return Err(Problem::usage(format!("a drill has no network `{}`", self.network))
@@ -115,7 +115,12 @@ impl DrillRequest {
         if self.parallel == Some(0) {
             return Err(Problem::usage("no drill at all can run at once").hint("give --parallel 1 or more"));
         }
-        Ok(())
+        checks::Check::all(self)
+    }
+
+    /// Whether drills can be made of it.
+    pub fn check(&self) -> Result<(), Problem> {
+        self.checks().map(|_| ())
     }
 }
 

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use self::log::{Ended, Log, Started};
 use crate::access::Origin;
 use crate::audit::{Audit, Event, quoted};
+use crate::events::{Events, Topic};
 use crate::problem::Problem;
 
 /// How many ended jobs stay listed.
@@ -209,6 +210,7 @@ pub struct Jobs {
     /// Locked after `jobs`.
     log: Option<Mutex<Log>>,
     audit: Option<Arc<Audit>>,
+    events: Arc<Events>,
     totals: Mutex<BTreeMap<(String, &'static str), Totals>>,
 }
 
@@ -227,7 +229,7 @@ pub struct Totals {
 
 impl Jobs {
     /// Those of a state folder. Jobs that another process had begun and not ended are interrupted.
-    pub fn open(path: PathBuf, audit: Arc<Audit>) -> Jobs {
+    pub fn open(path: PathBuf, audit: Arc<Audit>, events: Arc<Events>) -> Jobs {
         let (log, past) = Log::open(path);
         let interrupted = past.jobs.iter().filter(|(_, ended)| ended.outcome == Outcome::Interrupted);
         let jobs = Jobs {
@@ -235,6 +237,7 @@ impl Jobs {
             jobs: Mutex::new(BTreeMap::new()),
             log: Some(Mutex::new(log)),
             audit: Some(audit),
+            events,
             totals: Mutex::default(),
         };
         for (started, _) in interrupted.filter(|(started, _)| past.fresh.contains(&started.id)) {
@@ -251,6 +254,10 @@ impl Jobs {
         if let Err(problem) = audit.append(event) {
             tracing::error!(job, %problem, "the end of this job stands in no record");
         }
+    }
+
+    fn tell(&self, job: &Job) {
+        self.events.tell(Topic::Job, job.machine(), &job.view());
     }
 
     fn log(&self, with: impl FnOnce(&mut Log)) {
@@ -283,6 +290,7 @@ impl Jobs {
             jobs.insert(job.id, job.clone());
             self.log(|log| log.started(job.logged().0));
         }
+        self.tell(&job);
         tracing::info!(job = job.id, kind, subject = job.subject.text, "job started");
         let (jobs, running) = (self.clone(), job.clone());
         tokio::task::spawn_blocking(move || {
@@ -326,6 +334,7 @@ impl Jobs {
         let mut jobs = self.lock();
         self.log(|log| log.ended(Ended { outcome: outcome.clone(), ..job.logged().1 }));
         job.outcome.send_replace(outcome);
+        self.tell(job);
         let ended: Vec<u64> =
             jobs.values().filter(|job| *job.outcome.borrow() != Outcome::Running).map(|job| job.id).collect();
         for id in ended.iter().rev().skip(KEPT_ENDED) {
@@ -392,7 +401,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = || {
             let audit = Arc::new(Audit::open(dir.path().join("audit")));
-            (audit.clone(), Arc::new(Jobs::open(dir.path().join("jobs"), audit)))
+            (audit.clone(), Arc::new(Jobs::open(dir.path().join("jobs"), audit, Arc::default())))
         };
         let (_, jobs) = open();
         let good = jobs.start("verify", "all", |_| Ok(Value::from(7)));

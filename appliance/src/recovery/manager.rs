@@ -156,6 +156,7 @@ impl Recoveries {
             known.recoveries.insert(name.clone(), recovery.clone());
             recovery
         };
+        recovery.tell();
         match recovery.bring_up().await {
             Ok(()) => {
                 let view = recovery.view();

@@ -22,6 +22,7 @@ use super::{DomainView, RecoverRequest, Timings, watch};
 use crate::admission::{Ask, Holder, host};
 use crate::catalog::DiskSummary;
 use crate::disks::OpenOverlay;
+use crate::events::{Events, Topic};
 use crate::exports::FirstRead;
 use crate::jobs::Jobs;
 use crate::problem::Problem;
@@ -42,6 +43,8 @@ pub struct Context {
     pub server: Server,
     /// Long work.
     pub jobs: Arc<Jobs>,
+    /// What happens.
+    pub events: Arc<Events>,
 }
 
 /// What a recovery is, fixed when it is asked for.
@@ -347,9 +350,22 @@ impl Recovery {
         u64::try_from(self.asked.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Changes what the API shows.
+    /// Changes what the API shows, and tells listeners if it is another state, or another of the VM's.
     pub(super) fn show(&self, change: impl FnOnce(&mut Shown)) {
-        change(&mut self.lock());
+        let changed = {
+            let mut shown = self.lock();
+            let before = (shown.state, shown.vm.clone());
+            change(&mut shown);
+            before != (shown.state, shown.vm.clone())
+        };
+        if changed {
+            self.tell();
+        }
+    }
+
+    /// Tells listeners how it stands.
+    pub(super) fn tell(&self) {
+        self.context.events.tell(Topic::Recovery, Some(&self.definition.machine), &self.view());
     }
 
     pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, Shown> {

@@ -19,6 +19,8 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use super::policy::{AlertsConfig, Policy, Webhook, WebhookUrl};
 use super::program;
 use crate::app::App;
+use crate::catalog::PointSummary;
+use crate::drill::DrillReport;
 use crate::problem::{Kind, Problem};
 
 /// How long a program or webhook may take.
@@ -34,7 +36,7 @@ const AUTHORITIES: [&str; 3] =
 /// What somebody has to know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Alert {
-    /// `run-failed`, `no-fresh-point` or `low-space`.
+    /// `run-failed`, `drill-failed`, `no-fresh-point` or `low-space`.
     pub alert: &'static str,
     /// The policy it is about.
     pub policy: Option<String>,
@@ -57,6 +59,24 @@ impl Alert {
             machine: None,
             title: format!("policy {policy}: {} failed", crate::cli::count(failed.len() as u64, "step")),
             details: failed.to_vec(),
+            time: Utc::now(),
+        }
+    }
+}
+
+impl Alert {
+    /// A machine does not come up from its newest point.
+    pub fn drill_failed(policy: &str, report: &DrillReport) -> Alert {
+        let reason = report.reason.as_deref().unwrap_or_default();
+        let shown = [("console", &report.console), ("screenshot", &report.screenshot)];
+        let shown = shown.into_iter().filter_map(|(what, path)| Some(format!("{what}: {}", path.as_ref()?)));
+        let tail = report.console_tail.iter().map(|line| format!("| {line}"));
+        Alert {
+            alert: "drill-failed",
+            policy: Some(policy.to_owned()),
+            machine: Some(report.machine.clone()),
+            title: format!("machine {} does not come up, it reached {}: {reason}", report.machine, report.stage),
+            details: [format!("recovery point: {}", report.point)].into_iter().chain(shown).chain(tail).collect(),
             time: Utc::now(),
         }
     }
@@ -137,16 +157,8 @@ pub(super) async fn watch(
         let listing = app.clone();
         let points = tokio::task::spawn_blocking(move || listing.points()).await;
         if let Ok(Ok(points)) = points {
-            let mut newest: BTreeMap<&str, Option<DateTime<Utc>>> = BTreeMap::new();
-            for backup in policies.values().flat_map(|policy| &policy.backups) {
-                newest.entry(&backup.machine).or_default();
-            }
-            for point in &points {
-                if let Some(newest) = newest.get_mut(point.machine.as_str()) {
-                    *newest = (*newest).max(Some(point.time));
-                }
-            }
-            holding.extend(newest.into_iter().filter_map(|(machine, newest)| stale(machine, newest, age.0, now)));
+            let newest = newest_verified(policies, &points).into_iter();
+            holding.extend(newest.filter_map(|(machine, newest)| stale(machine, newest, age.0, now)));
         }
     }
     if let Some(room) = alerts.config.low_space {
@@ -162,15 +174,49 @@ pub(super) async fn watch(
     }
 }
 
-fn stale(machine: &str, newest: Option<DateTime<Utc>>, age: Duration, now: DateTime<Utc>) -> Option<(String, Alert)> {
-    let limit = TimeDelta::from_std(age).unwrap_or(TimeDelta::MAX);
-    let title = match newest {
-        Some(newest) if now - newest <= limit => return None,
-        Some(newest) => {
-            let hours = (now - newest).num_hours();
-            format!("machine {machine} has no fresh recovery point: its newest is {hours} h old")
+/// What is known of a machine that has to have fresh points.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Newest {
+    /// When its newest point was made that is trusted.
+    time: Option<DateTime<Utc>>,
+    /// Whether that is one which a drill has booted.
+    drilled: bool,
+}
+
+/// The newest point of each machine of a policy, by what is known of it: of a machine that some policy drills, the newest
+/// one that came up; of the others, the newest one that did not fail a drill.
+fn newest_verified<'a>(
+    policies: &'a BTreeMap<String, Arc<Policy>>,
+    points: &'a [PointSummary],
+) -> BTreeMap<&'a str, Newest> {
+    let drilled = |machine: &str| policies.values().any(|policy| policy.drills(machine));
+    let begin = |machine: &str| Newest { time: None, drilled: drilled(machine) };
+    let mut newest: BTreeMap<&str, Newest> =
+        policies.values().flat_map(|policy| policy.named()).map(|machine| (machine, begin(machine))).collect();
+    for point in points {
+        let machine = point.machine.as_str();
+        if !newest.contains_key(machine) && policies.values().any(|policy| policy.covers(machine)) {
+            newest.insert(machine, begin(machine));
         }
-        None => format!("machine {machine} has no recovery point"),
+        let Some(newest) = newest.get_mut(machine) else { continue };
+        let counts = if newest.drilled { point.came_up() == Some(true) } else { point.came_up() != Some(false) };
+        if counts {
+            newest.time = newest.time.max(Some(point.time));
+        }
+    }
+    newest
+}
+
+fn stale(machine: &str, newest: Newest, age: Duration, now: DateTime<Utc>) -> Option<(String, Alert)> {
+    let limit = TimeDelta::from_std(age).unwrap_or(TimeDelta::MAX);
+    let point = if newest.drilled { "recovery point that came up in a drill" } else { "recovery point" };
+    let title = match newest.time {
+        Some(time) if now - time <= limit => return None,
+        Some(time) => {
+            let hours = (now - time).num_hours();
+            format!("machine {machine} has no fresh {point}: its newest is {hours} h old")
+        }
+        None => format!("machine {machine} has no {point}"),
     };
     let (policy, details) = (None, Vec::new());
     let alert = Alert { alert: "no-fresh-point", policy, machine: Some(machine.to_owned()), title, details, time: now };
@@ -260,10 +306,50 @@ mod tests {
     #[test]
     fn a_machine_is_told_of_when_its_newest_point_is_old_or_missing() {
         let (now, day) = (Utc::now(), Duration::from_secs(24 * 3600));
-        assert!(stale("web01", Some(now - TimeDelta::hours(23)), day, now).is_none());
-        let (_, old) = stale("web01", Some(now - TimeDelta::hours(30)), day, now).unwrap();
+        let newest = |hours| Newest { time: Some(now - TimeDelta::hours(hours)), drilled: false };
+        assert!(stale("web01", newest(23), day, now).is_none());
+        let (_, old) = stale("web01", newest(30), day, now).unwrap();
         assert!(old.title.contains("web01") && old.title.contains("30 h"), "{}", old.title);
-        assert!(stale("web01", None, day, now).is_some());
+        let (_, none) = stale("web01", Newest { time: None, drilled: true }, day, now).unwrap();
+        assert!(none.title.contains("in a drill"), "{}", none.title);
+    }
+
+    #[test]
+    fn of_a_machine_that_is_drilled_only_a_point_that_came_up_counts() {
+        let policy = |text: &str| {
+            let config: super::super::policy::PolicyConfig = toml::from_str(text).unwrap();
+            Arc::new(config.policy("p").unwrap())
+        };
+        let daily = policy(
+            "schedule = \"0 3 * * *\"\n[machines.web01]\nsources = [\"/a\"]\n[machines.db01]\nsources = [\"/b\"]\n\
+             [libvirt]\ndomains = [\"vm-*\", \"mail\"]",
+        );
+        let drills = policy("schedule = \"0 5 * * 0\"\n[drill]\nmachines = [\"web*\"]");
+        let policies = BTreeMap::from([("daily".to_owned(), daily), ("drills".to_owned(), drills)]);
+        let now = Utc::now();
+        let point = |machine: &str, hours: i64, drill: Option<&str>| PointSummary {
+            machine: machine.into(),
+            time: now - TimeDelta::hours(hours),
+            drill: drill.map(|result| serde_json::json!({ "result": result })),
+            ..PointSummary::example()
+        };
+        let points = [
+            point("web01", 50, Some("passed")),
+            point("web01", 2, None),
+            point("web01", 1, Some("failed")),
+            point("db01", 9, None),
+            point("db01", 1, Some("failed")),
+            point("vm-7", 3, None),
+            point("elsewhere", 3, None),
+        ];
+        let newest = newest_verified(&policies, &points);
+        let told: Vec<_> = newest
+            .iter()
+            .map(|(machine, newest)| (*machine, newest.time.map(|time| (now - time).num_hours()), newest.drilled))
+            .collect();
+        let expected =
+            [("db01", Some(9), false), ("mail", None, false), ("vm-7", Some(3), false), ("web01", Some(50), true)];
+        assert_eq!(told, expected);
     }
 
     #[tokio::test]

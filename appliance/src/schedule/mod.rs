@@ -2,10 +2,15 @@
 //! anybody else would, [`alerts`] tells who has to know.
 
 pub mod alerts;
+pub mod clock;
+mod door;
+pub mod hooks;
+pub mod machines;
 pub mod plan;
 pub mod policy;
 mod program;
 mod record;
+mod rounds;
 pub mod runner;
 
 use std::collections::BTreeMap;
@@ -17,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use self::alerts::Alerts;
+use self::clock::Clock;
 use self::plan::{Past, Verdict};
 use self::policy::Policy;
 use self::record::Kept;
@@ -39,7 +45,7 @@ pub enum RunResult {
 /// A part of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// `backup`, `prune`, `verify` or `collect`.
+    /// `find`, `backup`, `prune`, `drill`, `verify` or `collect`.
     pub what: String,
     /// The machine, if it is about one.
     pub machine: Option<String>,
@@ -74,7 +80,7 @@ pub struct Run {
 pub struct ScheduleView {
     /// The policy.
     pub name: String,
-    /// The machines it backs up.
+    /// The machines it backs up, by name or pattern.
     pub machines: Vec<String>,
     /// When it begins next; absent while it runs, or if it is never due.
     pub next: Option<DateTime<Utc>>,
@@ -91,6 +97,7 @@ pub struct Schedules {
     path: PathBuf,
     kept: Mutex<BTreeMap<String, Kept>>,
     alerts: Alerts,
+    clock: Clock,
     /// Somebody has changed what the runner waits for.
     changed: Notify,
 }
@@ -98,7 +105,8 @@ pub struct Schedules {
 impl Schedules {
     /// Policies, and what the state folder knows of their past. A run that another process had begun was interrupted; its
     /// time is not handled again unless the policy makes up for what it missed.
-    pub fn open(policies: BTreeMap<String, Policy>, alerts: Alerts, path: PathBuf, now: DateTime<Utc>) -> Schedules {
+    pub fn open(policies: BTreeMap<String, Policy>, alerts: Alerts, path: PathBuf, clock: Clock) -> Schedules {
+        let now = clock.now();
         let mut kept = record::read(&path);
         kept.retain(|name, _| policies.contains_key(name));
         for name in policies.keys() {
@@ -116,13 +124,14 @@ impl Schedules {
             }
         }
         let policies = policies.into_iter().map(|(name, policy)| (name, Arc::new(policy))).collect();
-        let schedules = Schedules { policies, path, kept: Mutex::new(kept), alerts, changed: Notify::new() };
+        let schedules = Schedules { policies, path, kept: Mutex::new(kept), alerts, clock, changed: Notify::new() };
         schedules.store(&schedules.lock());
         schedules
     }
 
     /// All policies.
-    pub fn list(&self, now: DateTime<Utc>) -> Vec<ScheduleView> {
+    pub fn list(&self) -> Vec<ScheduleView> {
+        let now = self.clock.now();
         let kept = self.lock();
         let views = self.policies.iter().filter_map(|(name, policy)| {
             let kept = kept.get(name)?;
@@ -135,7 +144,7 @@ impl Schedules {
             };
             Some(ScheduleView {
                 name: name.clone(),
-                machines: policy.backups.iter().map(|backup| backup.machine.clone()).collect(),
+                machines: policy.machines().map(ToOwned::to_owned).collect(),
                 next,
                 last: kept.last.clone(),
                 skipped: kept.skipped.clone(),
@@ -145,8 +154,8 @@ impl Schedules {
     }
 
     /// One policy.
-    pub fn view(&self, name: &str, now: DateTime<Utc>) -> Result<ScheduleView, Problem> {
-        let found = self.list(now).into_iter().find(|view| view.name == name);
+    pub fn view(&self, name: &str) -> Result<ScheduleView, Problem> {
+        let found = self.list().into_iter().find(|view| view.name == name);
         found.ok_or_else(|| Schedules::missing(name))
     }
 

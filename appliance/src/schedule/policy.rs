@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
 
+use super::machines::{DomainSet, DomainsConfig, DrillConfig, Drills, NamePattern};
 use super::plan::{Missed, Overlap, Plan, Window, Zone};
 use crate::capture::{BackupRequest, check_name, parse_sources};
 use crate::hardware::Hardware;
@@ -37,6 +38,10 @@ pub struct PolicyConfig {
     #[serde(default)]
     machines: BTreeMap<String, MachineConfig>,
     #[serde(default)]
+    libvirt: Option<DomainsConfig>,
+    #[serde(default)]
+    drill: Option<DrillConfig>,
+    #[serde(default)]
     retention: Option<RetentionConfig>,
     #[serde(default)]
     verify: Option<Portion>,
@@ -58,6 +63,8 @@ struct MachineConfig {
     labels: BTreeMap<String, String>,
     #[serde(default)]
     format: Option<String>,
+    #[serde(default)]
+    drill: Option<DrillConfig>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -80,10 +87,22 @@ pub struct AlertsConfig {
     pub command: Option<Program>,
     /// An address that is told.
     pub webhook: Option<Webhook>,
-    /// A machine whose newest point is older is told of.
+    /// A machine whose newest verified point is older is told of.
     pub stale_after: Option<Length>,
     /// Free space of the repository's and the state folder's file systems below which it is told of.
     pub low_space: Option<Room>,
+}
+
+/// Which programs are told of what happens.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct HooksConfig {
+    /// Of drills that are judged.
+    pub drill: Option<Program>,
+    /// Of recoveries whose state is another.
+    pub recovery: Option<Program>,
+    /// How long each of them may take.
+    pub deadline: Option<Length>,
 }
 
 /// What a policy does.
@@ -93,6 +112,10 @@ pub struct Policy {
     pub plan: Plan,
     /// Which backups it makes, in order.
     pub backups: Vec<BackupRequest>,
+    /// Which domains of a libvirt it backs up after these.
+    pub domains: Option<DomainSet>,
+    /// Which machines it drills afterwards, and how.
+    pub drills: Option<Drills>,
     /// What it keeps of them; all if absent.
     pub retention: Option<Rules>,
     /// What it verifies afterwards.
@@ -136,9 +159,13 @@ impl PolicyConfig {
             request.check().map_err(|problem| wrong(&key, problem.to_string()))?;
             backups.push(request);
         }
+        let domains = self.libvirt.as_ref().map(DomainsConfig::set).transpose();
+        let domains = domains.map_err(|(key, what)| wrong(key, what))?;
+        let drills = self.drills()?;
+        let backs_up = !backups.is_empty() || domains.is_some();
         let retention = self.retention.as_ref().map(RetentionConfig::rules);
         if let Some(rules) = &retention {
-            if backups.is_empty() {
+            if !backs_up {
                 return Err(wrong("retention", "there are no machines whose points it could be for".to_owned()));
             }
             rules.check().map_err(|problem| wrong("retention", problem.to_string()))?;
@@ -147,12 +174,14 @@ impl PolicyConfig {
             }
         }
         let verify = self.verify.as_ref().map(|portion| portion.0.clone());
-        if backups.is_empty() && verify.is_none() && !self.collect {
-            return Err(wrong("", "it does nothing: give it machines, verify or collect".to_owned()));
+        if !backs_up && drills.is_none() && verify.is_none() && !self.collect {
+            return Err(wrong("", "it does nothing: give it machines, libvirt, drill, verify or collect".to_owned()));
         }
         Ok(Policy {
             plan,
             backups,
+            domains,
+            drills,
             retention,
             verify,
             collect: self.collect,
@@ -162,6 +191,53 @@ impl PolicyConfig {
             after: self.after.clone(),
             hook_deadline: self.hook_deadline.map_or(Duration::from_secs(300), |length| length.0),
         })
+    }
+}
+
+impl PolicyConfig {
+    fn drills(&self) -> Result<Option<Drills>, (String, String)> {
+        let mut own = BTreeMap::new();
+        for (machine, config) in &self.machines {
+            let Some(drill) = &config.drill else { continue };
+            let key = format!("machines.{machine}.drill");
+            if self.drill.is_none() {
+                return Err((key, "the policy has no drill".to_owned()));
+            }
+            own.insert(machine.clone(), drill.own().map_err(|problem| (key, problem.to_string()))?);
+        }
+        let drills = self.drill.as_ref().map(|drill| drill.drills(own)).transpose();
+        drills.map_err(|problem| ("drill".to_owned(), problem.to_string()))
+    }
+}
+
+impl Policy {
+    /// Whether it makes points of any machine.
+    pub fn backs_up(&self) -> bool {
+        !self.backups.is_empty() || self.domains.is_some()
+    }
+
+    /// The machines that it backs up, as the configuration names them.
+    pub fn machines(&self) -> impl Iterator<Item = &str> {
+        let domains = self.domains.iter().flat_map(|set| set.patterns.iter().map(NamePattern::text));
+        self.backups.iter().map(|backup| backup.machine.as_str()).chain(domains)
+    }
+
+    /// The machines that it has to back up by their very names.
+    pub fn named(&self) -> impl Iterator<Item = &str> {
+        let domains = self.domains.iter().flat_map(|set| set.patterns.iter().filter_map(NamePattern::name));
+        self.backups.iter().map(|backup| backup.machine.as_str()).chain(domains)
+    }
+
+    /// Whether it backs a machine up.
+    pub fn covers(&self, machine: &str) -> bool {
+        let by_pattern = self.domains.as_ref().is_some_and(|set| set.matches(machine));
+        by_pattern || self.backups.iter().any(|backup| backup.machine == machine)
+    }
+
+    /// Whether it drills a machine.
+    pub fn drills(&self, machine: &str) -> bool {
+        let drills = self.drills.as_ref().is_some_and(|drills| drills.are_for(machine));
+        drills && (!self.backs_up() || self.covers(machine))
     }
 }
 

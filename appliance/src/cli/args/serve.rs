@@ -75,4 +75,7 @@ pub struct Serve {
     /// Started by another command: end when there is nothing left to serve
     #[arg(long, hide = true)]
     pub background: bool,
+    /// For rehearsals: the clock that policies go by runs so many times as fast
+    #[arg(long, hide = true, value_name = "TIMES", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub clock_speed: u32,
 }
