@@ -51,7 +51,7 @@ fn a_policy_by_itself_backs_up_prunes_drills_and_tells_which_machines_do_not_com
     for _ in 0..3 {
         sandbox.ok(&["backup", "web01", &counter]);
     }
-    let alert = program(&sandbox, "alert", "cat; echo");
+    let alert = program(&sandbox, "alert", "{ cat; echo; }");
     let drilled = program(&sandbox, "drilled", "echo $LIFEBOAT_MACHINE $LIFEBOAT_RESULT $LIFEBOAT_REACHED");
     let recovered = program(&sandbox, "recovered", "echo $LIFEBOAT_RECOVERY $LIFEBOAT_RECOVERY_STATE");
     let config = format!(
