@@ -6,6 +6,7 @@
 //! makes it good again ([`seal`]), so that what is behind it is reached. Each has seeds: good inputs to begin from.
 #![forbid(unsafe_code)]
 
+mod disks;
 mod images;
 mod nbd;
 mod objects;
@@ -51,6 +52,15 @@ pub const TARGETS: &[Target] = &[
     Target { name: "nbd-uri", run: nbd::uri, seeds: nbd::uri_seeds },
     Target { name: "image", run: images::run, seeds: images::seeds },
     Target { name: "volumes", run: volumes::run, seeds: volumes::seeds },
+    Target { name: "tables", run: disks::tables::run, seeds: disks::tables::seeds },
+    Target { name: "lvm", run: disks::lvm::run, seeds: disks::lvm::seeds },
+    Target { name: "ext", run: disks::ext::run, seeds: disks::ext::seeds },
+    Target { name: "fat", run: disks::fat::run, seeds: disks::fat::seeds },
+    Target { name: "exfat", run: disks::exfat::run, seeds: disks::exfat::seeds },
+    Target { name: "ntfs", run: disks::ntfs::run, seeds: disks::ntfs::seeds },
+    Target { name: "iso", run: disks::iso::run, seeds: disks::iso::seeds },
+    Target { name: "xfs", run: disks::xfs::run, seeds: disks::xfs::seeds },
+    Target { name: "btrfs", run: disks::btrfs::run, seeds: disks::btrfs::seeds },
 ];
 
 /// Takes what it needs from the front of an input; zeroes when there is no more.

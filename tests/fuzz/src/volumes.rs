@@ -59,7 +59,11 @@ pub(crate) fn run(data: &[u8]) {
         sector.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
         sectors.insert(number, sector);
     }
-    let disk: SharedDisk = Arc::new(Sparse(sectors));
+    look_at_disk(Arc::new(Sparse(sectors)));
+}
+
+/// Reads all that a disk has to tell, of which there may be much.
+pub(crate) fn look_at_disk(disk: SharedDisk) {
     for layout in volume::scan(&[("disk0".to_owned(), disk)]) {
         for volume in layout.volumes.into_iter().take(8) {
             if volume.content.kind.is_readable() {

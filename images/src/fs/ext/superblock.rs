@@ -66,7 +66,7 @@ impl Superblock {
                 reason: "they are not known here",
             });
         }
-        let block_bits = 10 + le::u32(&raw, 0x18);
+        let block_bits = le::u32(&raw, 0x18).saturating_add(10);
         if block_bits > 16 {
             return damaged("its block size makes no sense");
         }
