@@ -13,6 +13,7 @@ pub mod fs;
 mod guard;
 mod mapped;
 pub mod mount;
+mod patched;
 mod qcow2;
 mod raw;
 mod target;

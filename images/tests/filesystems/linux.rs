@@ -74,6 +74,75 @@ fn xfs_reads_byte_for_byte() {
     }
 }
 
+/// Changes of many kinds to what is there.
+fn change(root: &Path) {
+    fs::remove_dir_all(root.join("crowd")).unwrap();
+    fs::rename(root.join("deep/er"), root.join("etc/moved")).unwrap();
+    fs::remove_file(root.join("crumbs")).unwrap();
+    fs::remove_file(root.join("etc/hostname")).unwrap();
+    fs::write(root.join("etc/hostname"), "renamed\n").unwrap();
+    fs::OpenOptions::new().write(true).open(root.join("large")).unwrap().set_len(70_001).unwrap();
+    fs::create_dir(root.join("fresh")).unwrap();
+    for number in 0..500 {
+        fs::write(root.join(format!("fresh/{number}")), noise(number, usize::try_from(number).unwrap() * 7)).unwrap();
+    }
+    for number in (0..500).step_by(3) {
+        fs::remove_file(root.join(format!("fresh/{number}"))).unwrap();
+    }
+    std::os::unix::fs::symlink("s".repeat(900), root.join("fresh/long link")).unwrap();
+    let pieces = fs::File::create(root.join("fresh/pieces")).unwrap();
+    for at in (0..400).rev() {
+        std::os::unix::fs::FileExt::write_all_at(&pieces, &noise(at, 4096), at * 12_288).unwrap();
+    }
+    let value = "v".repeat(2500);
+    run(Command::new("setfattr").args(["-n", "user.new", "-v", &value]).arg(root.join("block")));
+}
+
+/// Writes a tree and then changes it, and takes the disk at once, whose log has then not been written back. What was
+/// changed last the kernel would lose, too, so it is synced.
+#[test]
+fn xfs_in_use_reads_with_its_log() {
+    if !kernel_has("xfs") {
+        return;
+    }
+    for (options, ending) in
+        [(&["-m", "bigtime=1"][..], "shutdown"), (&["-b", "size=1024", "-n", "size=4096", "-m", "bigtime=0"], "copy")]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let [tree, image, at, taken] = ["tree", "image", "mount", "taken"].map(|name| dir.path().join(name));
+        fs::create_dir(&tree).unwrap();
+        make_tree(&tree, UNIX);
+        large(&tree);
+        run(Command::new("truncate").args(["-s", "400M"]).arg(&image));
+        run(Command::new("mkfs.xfs").arg("-q").args(options).arg(&image));
+        let mounted = mount(&image, &at);
+        run(Command::new("cp").args(["-a", "--sparse=always", "--no-target-directory"]).arg(&tree).arg(&mounted.0));
+        for step in ["filled", "changed"] {
+            if step == "changed" {
+                change(&mounted.0);
+                run(Command::new("rm").arg("-rf").arg(&tree));
+                run(Command::new("cp")
+                    .args(["-a", "--sparse=always", "--no-target-directory"])
+                    .arg(&mounted.0)
+                    .arg(&tree));
+            }
+            run(Command::new("sync").arg("-f").arg(&mounted.0));
+            if step == "changed" && ending == "shutdown" {
+                run(Command::new("xfs_io").args(["-x", "-c", "shutdown -f"]).arg(&mounted.0));
+            }
+            run(Command::new("cp").args(["--sparse=always"]).arg(&image).arg(&taken));
+            let fs = open(&volume(&taken, "whole"));
+            assert!(fs.notices()[0].contains("replayed in memory"), "{step}: {:?}", fs.notices());
+            assert_same(fs.as_ref(), &tree, EXACT, &[]);
+        }
+        if ending == "shutdown" {
+            // It cannot be synced any more.
+            run(Command::new("umount").arg(&mounted.0));
+            std::mem::forget(mounted);
+        }
+    }
+}
+
 /// Kernels do not write version 4 any more; its maker can fill it from a description.
 #[test]
 fn xfs_of_version_4_reads_byte_for_byte() {

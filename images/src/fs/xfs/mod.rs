@@ -1,7 +1,8 @@
 //! XFS, versions 4 and 5. Layout: "XFS Algorithms & Data Structures", 3rd edition, and `fs/xfs/libxfs/xfs_format.h`,
 //! `xfs_da_format.h` of Linux for what is newer.
 //!
-//! Numbers are big-endian. The log is not replayed: what a machine had not written back is told by a notice.
+//! Numbers are big-endian. A log that was not written back, as on every disk taken from a running machine, is replayed in
+//! memory.
 
 mod dir;
 mod inode;
@@ -33,12 +34,17 @@ impl Xfs {
     pub(super) fn open(disk: SharedDisk) -> Result<Xfs, FsError> {
         let sb = Superblock::read(disk.as_ref())?;
         let mut fs = Xfs { disk, sb, notices: Vec::new() };
-        if !log::is_clean(&fs) {
-            fs.notices.push(
-                "the file system was in use, and its log is not replayed: the newest changes are missing, and what they \
-                 touched may not be readable"
-                    .to_owned(),
-            );
+        match log::replay(&fs) {
+            Ok(log::Log::Clean) => {}
+            Ok(log::Log::Replayed(disk, notice)) => {
+                fs.notices.push(notice);
+                fs.sb = Superblock::read(disk.as_ref())?;
+                fs.disk = disk;
+            }
+            Err(error) => fs.notices.push(format!(
+                "the file system was in use, and its log cannot be replayed ({error}): the newest changes are missing, and \
+                 what they touched may not be readable"
+            )),
         }
         fs.inode(NodeId(fs.sb.root))?;
         Ok(fs)

@@ -95,6 +95,12 @@ impl Superblock {
         (block < self.blocks).then_some(block << self.block_bits)
     }
 
+    /// The number of the first inode in a block of a group.
+    pub(super) fn inode_in_group(&self, group: u32, block: u32) -> Option<u64> {
+        let inside = u64::from(group) < self.groups && u64::from(block) < self.group_blocks;
+        inside.then_some((u64::from(group) << self.group_bits | u64::from(block)) << self.inode_bits)
+    }
+
     /// Where an inode lies.
     pub(super) fn inode_offset(&self, number: u64) -> Option<u64> {
         let block = self.block_offset(number >> self.inode_bits, 1)?;

@@ -1,59 +1,79 @@
-//! Whether the log was written back: it ends in a record of an unmount, and nothing else.
+//! The log, replayed in memory: what a machine had logged and not yet written to its place. Layout and rules: "XFS
+//! Algorithms & Data Structures", chapter "Journaling Log", and `fs/xfs/libxfs/xfs_log_format.h` of Linux for what is
+//! newer; what is replayed over what is as in `fs/xfs/xfs_log_recover.c` and its neighbours.
+//!
+//! The log is a ring of records. The last one tells where the first that is needed lies; from there on, operations are
+//! put together to transactions, and those that were committed are applied, in two rounds: buffers that were cancelled
+//! later must not be written, so those are found first.
 
+mod apply;
+mod record;
+mod transaction;
+
+use std::sync::Arc;
+
+use self::apply::Apply;
+use self::record::{Record, Ring};
+use self::transaction::{Take, Transactions, kind};
 use super::Xfs;
-use crate::bytes::{be, u8};
+use crate::bytes::u8;
+use crate::fs::FsError;
+use crate::patched::Patched;
+use crate::{Cached, SharedDisk};
 
-/// Sectors of a record's header.
-const SECTOR: u64 = 512;
-const RECORD: u32 = 0xfeed_babe;
-/// Sectors that are looked at before the head for its last record: the longest record, 256 KiB.
-const BACK_MAX: u64 = 512 + 64;
+/// An operation that only says that the file system was unmounted.
 const UNMOUNT: u8 = 0x20;
 
-/// Whether nothing waits in the log. A log that cannot be read, or lies on another device, is taken to wait.
-pub(super) fn is_clean(fs: &Xfs) -> bool {
-    last_is_unmount(fs).unwrap_or(false)
+/// What the log says.
+pub(super) enum Log {
+    /// Nothing waits in it.
+    Clean,
+    /// The disk with what waited in it, and what a person should know.
+    Replayed(SharedDisk, String),
 }
 
-fn last_is_unmount(fs: &Xfs) -> Option<bool> {
-    let base = fs.sb.block_offset(fs.sb.log_start, 1).filter(|_| fs.sb.log_start != 0)?;
-    let sectors = (fs.sb.log_blocks << fs.sb.block_bits) / SECTOR;
-    let read = |sector: u64| -> Option<[u8; 512]> {
-        let mut bytes = [0; 512];
-        fs.disk.read_at(base + sector * SECTOR, &mut bytes).ok()?;
-        Some(bytes)
-    };
-    // Every sector tells in which round it was written; a header has its signature there, and the round behind it.
-    let cycle = |sector: u64| {
-        read(sector).map(|bytes| if be::u32(&bytes, 0) == RECORD { be::u32(&bytes, 4) } else { be::u32(&bytes, 0) })
-    };
-    let (first, last) = (cycle(0)?, cycle(sectors.checked_sub(1)?)?);
-    if first == 0 {
-        return Some(true);
+/// Replays the log of `fs`.
+pub(super) fn replay(fs: &Xfs) -> Result<Log, FsError> {
+    let Some(ring) = Ring::open(fs)? else { return Ok(Log::Clean) };
+    let Some(last) = ring.last()? else { return Ok(Log::Clean) };
+    if last.operations == 1 && u8(&ring.content(&last)?, 9) & UNMOUNT != 0 {
+        return Ok(Log::Clean);
     }
-    // The head is where the newest round ends.
-    let head = if first == last {
-        sectors
-    } else {
-        let (mut newest, mut older) = (0, sectors - 1);
-        while older - newest > 1 {
-            let middle = newest + (older - newest) / 2;
-            if cycle(middle)? == first { newest = middle } else { older = middle }
-        }
-        older
+    let mut apply = Apply::new(fs, Patched::new(fs.disk.clone()));
+    ring.each_transaction(&last, &mut |_, items| {
+        items.iter().filter(|item| item.kind() == kind::BUFFER).for_each(|item| apply.note_cancelled(item));
+        Ok(())
+    })?;
+    let mut count = 0_u64;
+    ring.each_transaction(&last, &mut |sequence, items| {
+        count += 1;
+        apply.transaction(sequence, items)
+    })?;
+    let transactions = if count == 1 { "1 transaction".to_owned() } else { format!("{count} transactions") };
+    let unfinished = match apply.unfinished() {
+        0 => String::new(),
+        count => format!("; {count} changes of files' extents or attributes had begun and were not finished"),
     };
-    // The last record before it, which may lie at the end of the ring.
-    let back = (1..=BACK_MAX.min(sectors)).map(|back| (head + sectors - back) % sectors);
-    for sector in back {
-        let header = read(sector)?;
-        if be::u32(&header, 0) != RECORD {
-            continue;
+    let notice = format!("the file system was in use: {transactions} of its log were replayed in memory{unfinished}");
+    Ok(Log::Replayed(Arc::new(Cached::new(Arc::new(apply.into_disk()))), notice))
+}
+
+impl Ring<'_> {
+    /// Gives `take` the committed transactions of all records up to `last`, with the sequence number of each.
+    fn each_transaction(&self, last: &Record, take: Take<'_>) -> Result<(), FsError> {
+        let mut transactions = Transactions::default();
+        let mut at = last.tail % self.sectors;
+        // Not more sectors than there are, however the records lead.
+        let mut left = self.sectors;
+        while let Some(record) = self.record(at, None)? {
+            transactions.add(&self.content(&record)?, record.order, record.operations, record.sequence, take)?;
+            let length = record.sectors();
+            if record.sequence == last.sequence || length > left {
+                break;
+            }
+            left -= length;
+            at = (at + length) % self.sectors;
         }
-        // Version 2 may have more sectors of header, one for each 32 KiB.
-        let headers =
-            if be::u32(&header, 8) & 2 != 0 { u64::from(be::u32(&header, 320)).div_ceil(32 << 10).max(1) } else { 1 };
-        let operation = read((sector + headers) % sectors)?;
-        return Some(be::u32(&header, 40) == 1 && u8(&operation, 9) & UNMOUNT != 0);
+        Ok(())
     }
-    Some(false)
 }
