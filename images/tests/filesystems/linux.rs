@@ -231,3 +231,91 @@ fn btrfs_reads_byte_for_byte() {
         assert_same(fs.as_ref(), &tree, able, &[]);
     }
 }
+
+/// Opens a file or folder and syncs it alone, which is what logs of single files are for.
+fn sync(path: &Path) {
+    fs::File::open(path).unwrap().sync_all().unwrap();
+}
+
+/// Changes of many kinds, each synced by itself.
+fn change_and_sync(root: &Path) {
+    let at = |name: &str| root.join(name);
+    let write_at = |name: &str, offset: u64, bytes: &[u8]| {
+        let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(at(name)).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, bytes, offset).unwrap();
+        file.sync_all().unwrap();
+    };
+    write_at("new", 0, b"new");
+    write_at("large", 1_000_000, &noise(11, 100_000));
+    write_at("large", 3_000_001, &noise(12, 5000));
+    write_at("one", 1, &noise(13, 20_000));
+    write_at("sparse", 5 << 20, &noise(14, 9000));
+    fs::OpenOptions::new().write(true).open(at("blocks")).unwrap().set_len(50_001).unwrap();
+    sync(&at("blocks"));
+    write_at("blocks", 90_000, &noise(15, 100));
+    run(Command::new("fallocate").args(["--punch-hole", "-o", "20480", "-l", "40960"]).arg(at("large")));
+    sync(&at("large"));
+    fs::rename(at("many/file number 1"), at("many/first")).unwrap();
+    sync(&at("many/first"));
+    fs::rename(at("many/file number 2"), at("etc/second")).unwrap();
+    sync(&at("etc/second"));
+    fs::rename(at("many/file number 3"), at("many/file number 4")).unwrap();
+    sync(&at("many/file number 4"));
+    for number in 20..40 {
+        fs::remove_file(at(&format!("many/file number {number}"))).unwrap();
+    }
+    sync(&at("many"));
+    fs::hard_link(at("new"), at("etc/new again")).unwrap();
+    sync(&at("new"));
+    fs::hard_link(at("many/file number 5"), at("many/fifth")).unwrap();
+    fs::remove_file(at("many/file number 5")).unwrap();
+    sync(&at("many/fifth"));
+    fs::remove_file(at("etc/blocks again")).unwrap();
+    sync(&at("blocks"));
+    fs::create_dir_all(at("fresh/folder")).unwrap();
+    for number in 0..30 {
+        write_at(&format!("fresh/folder/{number}"), 0, &noise(number, usize::try_from(number * 300).unwrap()));
+    }
+    std::os::unix::fs::symlink("etc/hostname", at("fresh/link")).unwrap();
+    sync(&at("fresh"));
+    run(Command::new("setfattr").args(["-n", "user.new", "-v", "value"]).arg(at("block")));
+    run(Command::new("setfattr").args(["-x", "user.small"]).arg(at("block")));
+    sync(&at("block"));
+    fs::rename(at("deep/er"), at("deep/renamed")).unwrap();
+    sync(&at("deep"));
+    write_at("within/file", 0, b"IN a subvolume");
+}
+
+#[test]
+fn btrfs_in_use_reads_with_its_log() {
+    if !kernel_has("btrfs") {
+        return;
+    }
+    for options in ["loop,commit=300", "loop,commit=300,compress-force=zstd"] {
+        let dir = tempfile::tempdir().unwrap();
+        let [tree, image, at, taken] = ["tree", "image", "mount", "taken"].map(|name| dir.path().join(name));
+        fs::create_dir(&tree).unwrap();
+        make_tree(&tree, UNIX);
+        run(Command::new("truncate").args(["-s", "256M"]).arg(&image));
+        run(Command::new("mkfs.btrfs").arg("-q").arg(&image));
+        fs::create_dir(&at).unwrap();
+        {
+            let mounted = Mounted::new(&at, Command::new("mount").args(["-o", options]).arg(&image).arg(&at));
+            run(Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(mounted.0.join("within")));
+            fs::write(mounted.0.join("within/file"), "in a subvolume of its own").unwrap();
+            run(Command::new("cp").args(["-a", "--sparse=always", "--no-target-directory"]).arg(&tree).arg(&mounted.0));
+            run(Command::new("sync").arg("-f").arg(&mounted.0));
+            change_and_sync(&mounted.0);
+            run(Command::new("cp").arg("--sparse=always").arg(&image).arg(&taken));
+        }
+        let ours = open(&volume(&taken, "whole"));
+        assert!(ours.notices()[0].contains("replayed in memory"), "{:?}", ours.notices());
+        // The kernel replays it, too, once it is mounted.
+        let copy = dir.path().join("copy");
+        run(Command::new("cp").arg("--sparse=always").arg(&taken).arg(&copy));
+        let mounted = Mounted::new(&at, Command::new("mount").args(["-o", "loop"]).arg(&copy).arg(&at));
+        assert_eq!(fs::read(at.join("new")).unwrap(), b"new");
+        let able = Able { holes: !options.contains("compress"), ..EXACT };
+        assert_same(ours.as_ref(), &mounted.0, able, &[]);
+    }
+}

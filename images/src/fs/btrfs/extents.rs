@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::compression::decompress;
 use super::tree::Key;
-use super::{Btrfs, item, stored_as};
+use super::{Btrfs, Subvolume, item, stored_as};
 use crate::bytes::{le, part, size, u8};
 use crate::fs::{FsError, NodeId, read, read_vec};
 use crate::mapped::Runs;
@@ -16,7 +16,7 @@ use crate::{DiskImage, SharedDisk};
 const EXTENTS_MAX: usize = 4 << 20;
 /// Longest compressed extent; Linux makes 128 KiB.
 const COMPRESSED_MAX: u64 = 1 << 20;
-const INLINE: u8 = 0;
+pub(super) const INLINE: u8 = 0;
 const REGULAR: u8 = 1;
 
 /// Content of which some is compressed, or lies in the tree.
@@ -47,11 +47,17 @@ enum Stored {
 }
 
 /// Opens a file of `length` bytes.
-pub(super) fn open(fs: &Btrfs, id: NodeId, root: u64, number: u64, length: u64) -> Result<Box<dyn DiskImage>, FsError> {
+pub(super) fn open(
+    fs: &Btrfs,
+    id: NodeId,
+    subvolume: &Subvolume,
+    number: u64,
+    length: u64,
+) -> Result<Box<dyn DiskImage>, FsError> {
     let mut pieces: Vec<Piece> = Vec::new();
     let mut failure = None;
     let (from, to) = (Key::new(number, item::EXTENT, 0), Key::new(number, item::EXTENT, u64::MAX));
-    fs.tree().scan(root, from, to, &mut |key, data| {
+    fs.items(subvolume, from, to, &mut |key, data| {
         let added = if pieces.len() < EXTENTS_MAX {
             add(fs, id, key.offset, data, &mut pieces)
         } else {

@@ -2,17 +2,22 @@
 //! Btrfs documentation, and `include/uapi/linux/btrfs_tree.h` of Linux.
 //!
 //! A node is an inode and, above 40 bits, the subvolume that it is in. A subvolume within another is a directory. What is
-//! shown is what a mount without options shows: the default subvolume.
+//! shown is what a mount without options shows: the default subvolume. What was synced since the last commit, which is on
+//! every disk taken from a running machine, is replayed in memory.
 
 mod chunks;
 mod compression;
 mod extents;
+mod log;
 mod superblock;
 mod tree;
 
+use std::collections::BTreeMap;
+
 use self::chunks::Chunks;
+use self::log::Changes;
 use self::superblock::Superblock;
-use self::tree::{Key, Tree};
+use self::tree::{Key, Tree, Visit};
 use super::{DirEntry, FileSystem, FileType, FsError, Node, NodeId, Timestamp, Xattr};
 use crate::bytes::{le, part, size, u8};
 use crate::{DiskImage, SharedDisk};
@@ -20,7 +25,11 @@ use crate::{DiskImage, SharedDisk};
 /// Types of items.
 mod item {
     pub const INODE: u8 = 1;
+    pub const REF: u8 = 12;
+    pub const LONG_REF: u8 = 13;
     pub const XATTR: u8 = 24;
+    /// A range of names that a directory's log speaks of.
+    pub const DIR_LOG: u8 = 72;
     pub const DIR: u8 = 84;
     pub const DIR_INDEX: u8 = 96;
     pub const EXTENT: u8 = 108;
@@ -44,6 +53,7 @@ pub(super) struct Btrfs {
     sector: u32,
     roots: u64,
     default: u64,
+    changes: BTreeMap<u64, Changes>,
     notices: Vec<String>,
 }
 
@@ -77,11 +87,21 @@ impl Btrfs {
             sector: sb.sector,
             roots: sb.root,
             default: TOP,
+            changes: BTreeMap::new(),
             notices: Vec::new(),
         };
         fs.default = fs.default_subvolume()?;
-        if sb.has_log {
-            fs.notices.push("the file system was in use: what was synced last, into its log, is missing".to_owned());
+        if sb.log_root != 0 {
+            match log::replay(&fs, sb.log_root) {
+                Ok((changes, files)) => {
+                    fs.changes = changes;
+                    let files = if files == 1 { "1 file or folder".to_owned() } else { format!("{files} files and folders") };
+                    fs.notices.push(format!("the file system was in use: the log of {files} was replayed in memory"));
+                }
+                Err(error) => fs.notices.push(format!(
+                    "the file system was in use, and its log cannot be replayed ({error}): what was synced last is missing"
+                )),
+            }
         }
         if sb.devices > 1 {
             fs.notices.push(format!("the file system has {} devices, of which one is read", sb.devices));
@@ -92,6 +112,41 @@ impl Btrfs {
 
     fn tree(&self) -> Tree<'_> {
         Tree { disk: self.disk.as_ref(), chunks: &self.chunks, node_size: self.node_size }
+    }
+
+    /// Gives `visit` the items of a subvolume from one key to another, with what its log changes.
+    fn items(&self, subvolume: &Subvolume, from: Key, to: Key, visit: Visit<'_>) -> Result<(), FsError> {
+        self.items_over(self.changes.get(&subvolume.id), subvolume.root, (from, to), visit)
+    }
+
+    /// The same with changes that are given.
+    fn items_over(
+        &self,
+        changes: Option<&Changes>,
+        root: u64,
+        (from, to): (Key, Key),
+        visit: Visit<'_>,
+    ) -> Result<(), FsError> {
+        let Some(changes) = changes else { return self.tree().scan(root, from, to, visit) };
+        let mut waiting = changes.range(from..=to).peekable();
+        let mut more = true;
+        self.tree().scan(root, from, to, &mut |key, data| {
+            while let Some((changed, item)) = waiting.next_if(|(changed, _)| **changed < key) {
+                more = item.as_ref().is_none_or(|item| visit(*changed, item));
+                if !more {
+                    return false;
+                }
+            }
+            more = match waiting.next_if(|(changed, _)| **changed == key) {
+                Some((_, item)) => item.as_ref().is_none_or(|item| visit(key, item)),
+                None => visit(key, data),
+            };
+            more
+        })?;
+        for (key, item) in waiting {
+            more = more && item.as_ref().is_none_or(|item| visit(*key, item));
+        }
+        Ok(())
     }
 
     /// The subvolume that the root tree's directory calls `default`.
@@ -135,7 +190,7 @@ impl Btrfs {
         let (subvolume, number) = self.split(id)?;
         let mut found = None;
         let key = Key::new(number, item::INODE, 0);
-        self.tree().scan(subvolume.root, key, key, &mut |_, data| {
+        self.items(&subvolume, key, key, &mut |_, data| {
             found = Some(data.to_vec());
             false
         })?;
@@ -216,7 +271,7 @@ impl FileSystem for Btrfs {
         let (subvolume, number) = self.split(id)?;
         let mut found = Vec::new();
         let (from, to) = (Key::new(number, item::DIR_INDEX, cursor), Key::new(number, item::DIR_INDEX, u64::MAX));
-        self.tree().scan(subvolume.root, from, to, &mut |key, data| {
+        self.items(&subvolume, from, to, &mut |key, data| {
             for entry in entries(data) {
                 if let Some(target) = self.node_id(&entry, subvolume.id) {
                     found.push(DirEntry { name: entry.name.to_vec(), id: target, next: key.offset.saturating_add(1) });
@@ -233,7 +288,7 @@ impl FileSystem for Btrfs {
         if FileType::from_mode(le::u32(&inode, 52)) != Some(FileType::File) {
             return Err(FsError::damaged(&id, "it is not a regular file"));
         }
-        extents::open(self, id, subvolume.root, number, length)
+        extents::open(self, id, &subvolume, number, length)
     }
 
     fn read_link(&self, id: NodeId) -> Result<Vec<u8>, FsError> {
@@ -242,7 +297,7 @@ impl FileSystem for Btrfs {
         if FileType::from_mode(le::u32(&inode, 52)) != Some(FileType::Symlink) || length > 4096 {
             return Err(FsError::damaged(&id, "it is no symbolic link"));
         }
-        let content = extents::open(self, id, subvolume.root, number, length)?;
+        let content = extents::open(self, id, &subvolume, number, length)?;
         super::read_vec(content.as_ref(), &id, 0, size(length))
     }
 
@@ -250,7 +305,7 @@ impl FileSystem for Btrfs {
         let (subvolume, number) = self.split(id)?;
         let mut found = Vec::new();
         let (from, to) = (Key::new(number, item::XATTR, 0), Key::new(number, item::XATTR, u64::MAX));
-        self.tree().scan(subvolume.root, from, to, &mut |_, data| {
+        self.items(&subvolume, from, to, &mut |_, data| {
             let own = entries(data).into_iter().filter(|entry| !entry.name.starts_with(b"btrfs."));
             found.extend(own.map(|entry| (entry.name.to_vec(), entry.data.to_vec())));
             true

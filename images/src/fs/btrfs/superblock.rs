@@ -13,7 +13,8 @@ const KNOWN: u64 = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20 | 0x40 | 0x80 | 0x100 | 0
 pub(super) struct Superblock {
     pub root: u64,
     pub chunk_root: u64,
-    pub has_log: bool,
+    /// The root of the tree of logs, or 0.
+    pub log_root: u64,
     pub devices: u64,
     pub device: u64,
     pub sector: u32,
@@ -44,7 +45,7 @@ impl Superblock {
         Ok(Superblock {
             root: le::u64(&raw, 80),
             chunk_root: le::u64(&raw, 88),
-            has_log: le::u64(&raw, 96) != 0,
+            log_root: le::u64(&raw, 96),
             devices: le::u64(&raw, 136),
             device: le::u64(&raw, 201),
             sector,

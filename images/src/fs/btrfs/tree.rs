@@ -41,7 +41,7 @@ pub(super) struct Tree<'a> {
 }
 
 /// Takes an item; false ends the scan.
-type Visit<'a> = &'a mut dyn FnMut(Key, &[u8]) -> bool;
+pub(super) type Visit<'a> = &'a mut dyn FnMut(Key, &[u8]) -> bool;
 
 impl Tree<'_> {
     /// Gives `visit` all items with keys from `from` to `to`.
