@@ -24,6 +24,14 @@ pub struct Console {
 }
 
 impl Console {
+    /// Lets the guest count on, and returns the last record that it says is durable.
+    #[track_caller]
+    pub fn count_on(&mut self, more: u64) -> u64 {
+        let reached = self.last_number("seq ").unwrap_or(0);
+        self.wait_for(&format!("seq {}", reached + more));
+        self.last_number("seq ").unwrap_or(0)
+    }
+
     /// From its beginning; the file need not be there yet.
     pub fn new(path: impl AsRef<Path>) -> Console {
         Console { path: path.as_ref().to_owned(), seen: 0 }

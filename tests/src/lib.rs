@@ -2,11 +2,13 @@
 
 mod console;
 mod data;
+mod doomed;
 mod guest;
 mod libvirtd;
 mod machine;
 mod random;
 pub mod raw;
+mod room;
 mod sandbox;
 
 use std::io::Write;
@@ -16,10 +18,12 @@ use std::time::{Duration, Instant};
 
 pub use console::{Console, number_after};
 pub use data::{assert_same_bytes, copy_sparse};
+pub use doomed::Doomed;
 pub use guest::{Guest, guest};
 pub use libvirtd::{Libvirtd, wait_for_domain};
-pub use machine::{Firmware, Machine};
+pub use machine::{Firmware, Machine, holds_all};
 pub use random::{Random, rounds, seed};
+pub use room::SmallRoom;
 pub use sandbox::{Running, Sandbox, kill};
 
 /// Long enough for anything that happens at all, on a machine with two busy cores and an emulated processor.

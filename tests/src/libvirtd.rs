@@ -1,9 +1,13 @@
 //! A libvirt daemon of a test's own: without systemd, with its own configuration, folders and socket, beside any other.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::{PATIENCE, Sandbox, have, skip, tool, tool_output, wait_until};
+use serde_json::Value;
+
+use crate::sandbox::is_root;
+use crate::{Console, PATIENCE, Sandbox, have, skip, tool, tool_output, wait_until};
 
 /// The folders that a daemon of root uses, whatever its configuration says, and what stands in for them.
 const FOLDERS: [(&str, &str); 5] = [
@@ -18,6 +22,9 @@ const FOLDERS: [(&str, &str); 5] = [
 #[derive(Debug)]
 pub struct Libvirtd {
     dir: PathBuf,
+    /// One of the whole host, else of a user; and of which, if not the test's own.
+    system: bool,
+    user: Option<u32>,
     child: Child,
 }
 
@@ -28,9 +35,13 @@ impl Libvirtd {
         if !have(&["libvirtd", "virsh", "qemu-system-x86_64", "unshare"]) {
             return None;
         }
-        let dir = sandbox.path("virt");
-        configure(&dir);
-        let mut daemon = Libvirtd { child: spawn(&dir), dir };
+        let (dir, user) = (sandbox.path("virt"), sandbox.user());
+        let system = is_root() && user.is_none();
+        configure(&dir, system);
+        if let Some(user) = user {
+            tool("chown", &["-R", &user.to_string(), &dir.display().to_string()]);
+        }
+        let mut daemon = Libvirtd { child: spawn(&dir, system, user), dir, system, user };
         if !daemon.is_up() {
             skip(&format!("libvirtd does not start here: {}", daemon.said()));
             return None;
@@ -40,11 +51,21 @@ impl Libvirtd {
 
     /// Where it is reached.
     pub fn uri(&self) -> String {
-        let (user, socket) = match is_root() {
+        let (user, socket) = match self.system {
             true => ("system", self.dir.join("libvirt-sock")),
             false => ("session", self.dir.join("run/libvirt/libvirt-sock")),
         };
         format!("qemu+unix:///{user}?socket={}", socket.display())
+    }
+
+    /// Recovers the newest point of `vm` on it.
+    #[track_caller]
+    pub fn recover(&self, sandbox: &Sandbox, more: &[&str]) -> (Value, Console) {
+        let on = format!("libvirt:{}", self.uri());
+        let view = sandbox.json(&[&["recover", "vm", "--memory", "512M", "--wait", "0", "--on", &on], more].concat());
+        assert_eq!(view["state"], "running", "{view}");
+        let console = Console::new(view["console"].as_str().unwrap_or_default());
+        (view, console)
     }
 
     /// Runs virsh on it, which has to succeed.
@@ -71,7 +92,7 @@ impl Libvirtd {
     /// Starts it again.
     #[track_caller]
     pub fn start_again(&mut self) {
-        self.child = spawn(&self.dir);
+        self.child = spawn(&self.dir, self.system, self.user);
         assert!(self.is_up(), "libvirtd does not start again: {}", self.said());
     }
 
@@ -100,11 +121,7 @@ impl Drop for Libvirtd {
     }
 }
 
-fn is_root() -> bool {
-    std::fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0)
-}
-
-fn configure(dir: &Path) {
+fn configure(dir: &Path, system: bool) {
     let write = |name: &str, text: String| {
         let path = dir.join(name);
         let folder = path.parent().unwrap_or(dir);
@@ -112,7 +129,7 @@ fn configure(dir: &Path) {
         written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     };
     let mut qemu = "security_driver = \"none\"\nseccomp_sandbox = 0\nstdio_handler = \"file\"\n".to_owned();
-    if is_root() {
+    if system {
         qemu += "user = \"root\"\ngroup = \"root\"\ndynamic_ownership = 0\nremember_owner = 0\n\
                  cgroup_controllers = [ ]\nnamespaces = [ ]\n";
         for (folder, _) in FOLDERS {
@@ -135,7 +152,7 @@ fn configure(dir: &Path) {
         }
     }
     let log = dir.join("libvirtd.log");
-    let socket = if is_root() { format!("unix_sock_dir = \"{}\"\n", dir.display()) } else { String::new() };
+    let socket = if system { format!("unix_sock_dir = \"{}\"\n", dir.display()) } else { String::new() };
     write(
         "libvirtd.conf",
         format!(
@@ -145,9 +162,9 @@ fn configure(dir: &Path) {
     );
 }
 
-fn spawn(dir: &Path) -> Child {
+fn spawn(dir: &Path, system: bool, user: Option<u32>) -> Child {
     let config = dir.join("libvirtd.conf");
-    let mut command = if is_root() {
+    let mut command = if system {
         // A mount namespace of its own: no other daemon, and nothing on this machine, is touched.
         let mut script = String::new();
         for (folder, path) in FOLDERS {
@@ -171,6 +188,9 @@ fn spawn(dir: &Path) -> Child {
         }
         command
     };
+    if let Some(user) = user {
+        command.uid(user).gid(user);
+    }
     let path = std::env::var("PATH").unwrap_or_default();
     let child = command
         .env("PATH", format!("{path}:/usr/sbin:/sbin"))

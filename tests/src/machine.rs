@@ -103,3 +103,13 @@ impl Drop for Machine {
         self.end();
     }
 }
+
+/// Boots production storage alone: nothing that the guest said is durable is missing.
+#[track_caller]
+pub fn holds_all(sandbox: &Sandbox, target: &str, promised: u64) {
+    let mut machine = Machine::boot(sandbox, "after", target, Firmware::Bios);
+    let kept = machine.console.next_number("log ok last=");
+    assert!(kept >= promised, "the guest had synced record {promised}, production storage holds {kept}");
+    machine.console.wait_for("slots ok");
+    machine.kill();
+}

@@ -1,6 +1,7 @@
 //! A repository and a state folder of a test's own, and the real program run on them.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{PATIENCE, wait_until};
+use crate::{PATIENCE, skip, wait_until};
 
 /// Lifeboat needs the rest of a socket's path below its state folder.
 const PARENT_LEN_MAX: usize = 24;
@@ -20,6 +21,7 @@ pub struct Sandbox {
     dir: TempDir,
     passphrase: Option<&'static str>,
     key_file: Option<String>,
+    user: Option<u32>,
 }
 
 /// The program beside the test's own: `target/PROFILE/lifeboat`.
@@ -48,7 +50,7 @@ impl Sandbox {
         }
         let dir = tempfile::Builder::new().prefix("lb-").tempdir_in(parent);
         let dir = dir.unwrap_or_else(|error| panic!("no temporary folder: {error}"));
-        Sandbox { dir, passphrase: Some("correct horse"), key_file: None }
+        Sandbox { dir, passphrase: Some("correct horse"), key_file: None, user: None }
     }
 
     /// A place whose repository is not encrypted: commands do not spend their time on a passphrase.
@@ -72,6 +74,30 @@ impl Sandbox {
         (self.passphrase, self.key_file) = (None, Some(self.name(name)));
     }
 
+    /// A place with a plain repository of a user who is not root, as whom everything here runs; only root can make one.
+    pub fn of_a_user(chunk_size: &str) -> Option<Sandbox> {
+        const NOBODY: u32 = 65534;
+        let mut sandbox = Sandbox::new();
+        sandbox.passphrase = None;
+        if !is_root() {
+            skip("only root can run something as another user");
+            return None;
+        }
+        // Wherever it was built may be closed to others.
+        let copied = std::fs::copy(program(), sandbox.path("lifeboat"));
+        copied.unwrap_or_else(|error| panic!("cannot copy lifeboat: {error}"));
+        std::os::unix::fs::chown(sandbox.path(""), Some(NOBODY), Some(NOBODY))
+            .unwrap_or_else(|error| panic!("cannot give a folder away: {error}"));
+        sandbox.user = Some(NOBODY);
+        sandbox.ok(&["init", "--no-encryption", "--chunk-size", chunk_size]);
+        Some(sandbox)
+    }
+
+    /// The user as whom everything here runs, if it is another one.
+    pub fn user(&self) -> Option<u32> {
+        self.user
+    }
+
     /// A place with an encrypted repository.
     pub fn with_repository() -> Sandbox {
         let sandbox = Sandbox::new();
@@ -91,7 +117,14 @@ impl Sandbox {
 
     /// The program with arguments, on this place's repository.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(program());
+        let mut command = match self.user {
+            None => Command::new(program()),
+            Some(user) => {
+                let mut command = Command::new(self.path("lifeboat"));
+                command.uid(user).gid(user);
+                command
+            }
+        };
         command
             .args(args)
             .env_clear()
@@ -194,6 +227,11 @@ impl Sandbox {
         kill(pid);
         wait_until("the killed process is gone", || !is_alive(pid));
     }
+}
+
+/// Whether this process is root's.
+pub(crate) fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0)
 }
 
 fn finish(mut command: Command, args: &[&str]) -> Output {

@@ -4,10 +4,10 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use lifeboat_tests::{
-    Console, Firmware, Guest, Machine, Sandbox, assert_same_bytes, guest, have, kill, tool_output, wait_until,
+    Console, Firmware, Guest, Machine, Sandbox, SmallRoom, assert_same_bytes, guest, have, kill, wait_until,
 };
 use serde_json::Value;
 
@@ -149,7 +149,9 @@ fn a_recovery_begun_through_another_command_outlives_that_command() {
 #[test]
 fn a_guest_whose_overlay_is_full_waits_and_goes_on_when_there_is_room() {
     let Some(sandbox) = with_guest(Guest::Counter) else { return };
-    let Some(_room) = Mounted::new(&sandbox.path("state"), "200m") else { return };
+    // A backup has left its catalog there; what matters now is that the folder is empty.
+    fs::remove_dir_all(sandbox.path("state")).unwrap();
+    let Some(_room) = SmallRoom::new(sandbox.path("state"), "200m") else { return };
     let (_, mut console) = recover(&sandbox, "vm");
     console.wait_for("seq 2");
     let filler = sandbox.path("state/filler");
@@ -162,27 +164,6 @@ fn a_guest_whose_overlay_is_full_waits_and_goes_on_when_there_is_room() {
     console.wait_for(&format!("seq {}", stopped_at + 5));
     wait_until("the guest is seen to run", || vm_state(&sandbox, "vm") == "running");
     sandbox.ok(&["discard", "vm"]);
-}
-
-/// A file system of its own, which only root can have.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(at: &Path, size: &str) -> Option<Mounted> {
-        // A backup has left its catalog there; what matters now is that the folder is empty.
-        let _ = fs::remove_dir_all(at);
-        fs::create_dir_all(at).unwrap();
-        let options = format!("size={size}");
-        let mounted = tool_output("mount", &["-t", "tmpfs", "-o", &options, "tmpfs", at.to_str().unwrap()]);
-        assert!(mounted.status.success() || std::env::var_os("CI").is_none(), "cannot mount a tmpfs in CI");
-        mounted.status.success().then(|| Mounted(at.to_owned()))
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        tool_output("umount", &["-l", self.0.to_str().unwrap()]);
-    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use lifeboat_tests::{Sandbox, have, noise, tool, tool_output};
+use lifeboat_tests::{Sandbox, SmallRoom, have, noise, tool, tool_output};
 
 const MIB: u64 = 1 << 20;
 
@@ -270,29 +270,6 @@ fn a_source_that_fails_half_way_leaves_no_point_and_no_damage() {
     assert!(fs::read(sandbox.path("out.raw")).unwrap() == fs::read(&big).unwrap());
 }
 
-/// A file system of its own with little room, unmounted when dropped.
-struct SmallRoom(PathBuf);
-
-impl SmallRoom {
-    fn new(at: PathBuf, size: &str) -> Option<SmallRoom> {
-        fs::create_dir_all(&at).unwrap();
-        let mounted =
-            tool_output("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", at.to_str().unwrap()]);
-        if !mounted.status.success() {
-            // Only root mounts; there is no other way to a full file system of a known size.
-            assert!(std::env::var_os("CI").is_none(), "cannot mount a tmpfs in CI");
-            return None;
-        }
-        Some(SmallRoom(at))
-    }
-}
-
-impl Drop for SmallRoom {
-    fn drop(&mut self) {
-        tool_output("umount", &["-l", self.0.to_str().unwrap()]);
-    }
-}
-
 #[test]
 fn a_full_repository_fails_the_backup_and_keeps_what_it_has() {
     let sandbox = Sandbox::new();
@@ -317,8 +294,8 @@ fn a_guest_that_fills_the_overlay_gets_enospc_and_goes_on_when_there_is_room() {
     }
     let sandbox = with_point();
     let Some(room) = SmallRoom::new(sandbox.path("room"), "6m") else { return };
-    let filler = room.0.join("filler");
-    let overlay = room.0.join("overlay").display().to_string();
+    let filler = room.path().join("filler");
+    let overlay = room.name("overlay");
     let (mut export, uri) = sandbox.export(&["web01", "--overlay", &overlay]);
     tool("qemu-io", &["-f", "raw", "-c", "write -P 1 1M 1M", "-c", "flush", &uri]);
     fs::write(&filler, vec![1; 3 << 20]).unwrap();

@@ -14,7 +14,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lifeboat_tests::{
-    Console, Firmware, Guest as Image, Machine, Random, Sandbox, guest as image, have, kill, noise, seed, wait_until,
+    Console, Doomed, Firmware, Guest as Image, Machine, Random, Sandbox, guest as image, have, kill, noise, seed,
+    wait_until,
 };
 use nbd_server::export::ZeroMode;
 use nbd_server::wire::Errno;
@@ -171,47 +172,6 @@ fn published() -> (Sandbox, Vec<u8>, String) {
 
 fn state(sandbox: &Sandbox) -> String {
     sandbox.json(&["recovery", "vm"])["state"].as_str().unwrap().to_owned()
-}
-
-/// A service that ends itself right before or after it has written the journal's record with this text in it.
-struct Doomed(Child);
-
-impl Doomed {
-    fn start(sandbox: &Sandbox, point: &str) -> Doomed {
-        if sandbox.owner().is_some() {
-            sandbox.kill_owner();
-        }
-        let mut command = sandbox.command(&["serve"]);
-        command.env("LIFEBOAT_TEST_CRASH", point).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut doomed = Doomed(command.spawn().unwrap());
-        let socket = sandbox.path("state/lifeboat.sock");
-        wait_until("the service answers, or is at its end already", || match doomed.0.try_wait().unwrap() {
-            Some(status) if status.code() == Some(5) => {
-                // Threads of the one before it were still at their end, and held the state folder.
-                doomed.0 = command.spawn().unwrap();
-                false
-            }
-            Some(_) => true,
-            None => sandbox.owner() == Some(doomed.0.id()) && UnixStream::connect(&socket).is_ok(),
-        });
-        doomed
-    }
-
-    fn wait(mut self, point: &str) {
-        let mut status = None;
-        wait_until(&format!("the service has ended {point}"), || {
-            status = self.0.try_wait().unwrap();
-            status.is_some()
-        });
-        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status.unwrap()), Some(9), "{point}");
-    }
-}
-
-impl Drop for Doomed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]

@@ -1,11 +1,9 @@
 //! Recoveries on a real libvirt daemon, which the test starts itself: defined and started, kept through crashes of
 //! Lifeboat and of the daemon, moved to production storage both ways, and undone when something fails.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 
-use lifeboat_tests::{Console, Firmware, Guest, Libvirtd, Machine, Sandbox, guest, have, wait_for_domain, wait_until};
-use serde_json::Value;
+use lifeboat_tests::{Console, Guest, Libvirtd, Sandbox, guest, have, holds_all, wait_for_domain, wait_until};
 
 /// A repository with one point of `vm`, the counter guest, and a daemon.
 fn prepared() -> Option<(Sandbox, Libvirtd)> {
@@ -18,63 +16,39 @@ fn prepared() -> Option<(Sandbox, Libvirtd)> {
     Some((sandbox, daemon))
 }
 
-fn recover(sandbox: &Sandbox, daemon: &Libvirtd, more: &[&str]) -> (Value, Console) {
-    let on = format!("libvirt:{}", daemon.uri());
-    let view = sandbox.json(&[&["recover", "vm", "--memory", "512M", "--on", &on], more].concat());
-    assert_eq!(view["state"], "running", "{view}");
-    let console = Console::new(view["console"].as_str().unwrap());
-    (view, console)
-}
-
-/// Lets the guest count on, and returns the last record that it says is durable.
-fn count_on(console: &mut Console, more: u64) -> u64 {
-    let reached = console.last_number("seq ").unwrap_or(0);
-    console.wait_for(&format!("seq {}", reached + more));
-    console.last_number("seq ").unwrap()
-}
-
-/// Boots what is on production storage without Lifeboat and libvirt: nothing that was acknowledged is missing.
-fn holds_all(sandbox: &Sandbox, target: &str, promised: u64) {
-    let mut machine = Machine::boot(sandbox, "after", target, Firmware::Bios);
-    let kept = machine.console.next_number("log ok last=");
-    assert!(kept >= promised, "the guest had synced record {promised}, production storage holds {kept}");
-    machine.console.wait_for("slots ok");
-    machine.kill();
-}
-
 #[test]
 fn a_recovered_domain_outlives_lifeboat_and_libvirtd_and_moves_to_production_by_stream() {
     let Some((sandbox, mut daemon)) = prepared() else { return };
-    let (view, mut console) = recover(&sandbox, &daemon, &["--persistent"]);
+    let (view, mut console) = daemon.recover(&sandbox, &["--persistent"]);
     assert_eq!(view["hypervisor"], format!("libvirt:{}", daemon.uri()));
     assert_eq!((&view["domain"]["name"], &view["domain"]["keep"]), (&"vm".into(), &"persistent".into()));
     assert_eq!(daemon.virsh(&["domuuid", "vm"]).trim(), view["domain"]["uuid"].as_str().unwrap());
     assert!(view["pid"].is_u64() && view["qmp"].is_null(), "{view}");
-    count_on(&mut console, 5);
+    console.count_on(5);
 
     // Lifeboat dies, then the daemon, then both; Lifeboat is back first, and waits for the daemon.
     sandbox.kill_owner();
     let after = sandbox.json(&["recovery", "vm"]);
     assert_eq!((&after["state"], &after["pid"]), (&view["state"], &view["pid"]));
-    count_on(&mut console, 5);
+    console.count_on(5);
     daemon.kill();
-    count_on(&mut console, 3);
+    console.count_on(3);
     sandbox.kill_owner();
     assert_eq!(sandbox.json(&["recovery", "vm"])["vm"], "unreachable");
     daemon.start_again();
     wait_until("the domain is seen to run again", || sandbox.json(&["recovery", "vm"])["vm"] == "running");
-    count_on(&mut console, 5);
+    console.count_on(5);
 
     // To production storage, while it counts; in the middle Lifeboat dies once more.
     let target = sandbox.name("production.raw");
     sandbox.ok(&["rehydrate", "vm", "--mode", "stream", "--to", &target, "--limit", "24M", "--detach"]);
-    count_on(&mut console, 2);
+    console.count_on(2);
     sandbox.kill_owner();
     wait_until("all is copied", || sandbox.json(&["recovery", "vm"])["state"] == "ready-for-cutover");
     sandbox.ok(&["cutover", "vm"]);
     let kept = daemon.virsh(&["dumpxml", "--inactive", "vm"]);
     assert!(kept.contains(&target) && !kept.contains("nbd"), "{kept}");
-    count_on(&mut console, 5);
+    console.count_on(5);
 
     // It is in production: its next start is from there alone.
     daemon.virsh(&["destroy", "vm"]);
@@ -116,8 +90,8 @@ fn what_cannot_be_recovered_leaves_nothing_behind_in_libvirt() {
     assert!(refused.contains("another host"), "{refused}");
 
     // The domain goes with its recovery, and also if the daemon was away when that ended.
-    let (_, mut console) = recover(&sandbox, &daemon, &["--name", "brief", "--persistent"]);
-    count_on(&mut console, 2);
+    let (_, mut console) = daemon.recover(&sandbox, &["--name", "brief", "--persistent"]);
+    console.count_on(2);
     daemon.kill();
     let refused = sandbox.fails(1, &["discard", "brief"]);
     assert!(refused.contains("libvirt"), "{refused}");

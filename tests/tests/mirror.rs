@@ -74,7 +74,7 @@ fn bare(sandbox: &Sandbox, disks: usize, size: usize) -> Vec<Vec<u8>> {
         backup.push(format!("d{disk}={path}"));
     }
     sandbox.ok(&backup.iter().map(String::as_str).collect::<Vec<_>>());
-    sandbox.ok(&["recover", "vm", "--memory", "64M"]);
+    sandbox.ok(&["recover", "vm", "--memory", "64M", "--wait", "0"]);
     contents
 }
 

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use lifeboat_tests::{Console, Firmware, Guest, Machine, Sandbox, guest, have, kill, noise, wait_until};
+use lifeboat_tests::{Console, Firmware, Guest, Machine, Sandbox, SmallRoom, guest, have, kill, noise, wait_until};
 use nbd_server::{BlockingClient, ClientOptions};
 use serde_json::Value;
 
@@ -141,17 +141,8 @@ fn writes_of_any_client_before_during_and_after_the_move_are_all_on_production_s
 fn a_target_that_is_full_holds_the_move_and_lets_it_go_on() {
     let sandbox = Sandbox::with_repository();
     let (uri, disk) = published(&sandbox, 8 << 20);
-    // A loop-mounted or memory file system needs root; a limit of the file's size does not, but QEMU is not needed here.
-    let small = sandbox.path("small");
-    fs::create_dir(&small).unwrap();
-    let mounted =
-        lifeboat_tests::tool_output("mount", &["-t", "tmpfs", "-o", "size=3m", "tmpfs", small.to_str().unwrap()]);
-    if !mounted.status.success() {
-        lifeboat_tests::skip("cannot mount a small file system without root");
-        return;
-    }
-    let unmount = Unmount(small.display().to_string());
-    let target = small.join("out.raw").display().to_string();
+    let Some(small) = SmallRoom::new(sandbox.path("small"), "3m") else { return };
+    let target = small.name("out.raw");
     let said = sandbox.fails(1, &["rehydrate", "vm", "--to", &target]);
     assert!(said.contains("is held") && said.contains("No space left"), "{said}");
     let view = sandbox.json(&["recovery", "vm"]);
@@ -164,14 +155,13 @@ fn a_target_that_is_full_holds_the_move_and_lets_it_go_on() {
     sandbox.kill_owner();
     let view = sandbox.json(&["recovery", "vm"]);
     assert!(view["problem"].as_str().unwrap().contains("No space left"), "the restart forgot why: {view}");
-    lifeboat_tests::tool("mount", &["-o", "remount,size=32m", small.to_str().unwrap()]);
+    small.resize("32m");
     sandbox.ok(&["rehydrate", "vm", "--resume"]);
     sandbox.ok(&["cutover", "vm"]);
     let mut want = disk;
     want[4096..8192].fill(7);
     assert!(fs::read(&target).unwrap() == want);
     sandbox.ok(&["discard", "vm"]);
-    drop(unmount);
 }
 
 #[test]
@@ -207,14 +197,5 @@ struct Stop<'a>(&'a AtomicBool);
 impl Drop for Stop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Unmounts when dropped, also by a failing test.
-struct Unmount(String);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        lifeboat_tests::tool_output("umount", &["-l", &self.0]);
     }
 }
