@@ -20,7 +20,7 @@ pub use definition::{
     MAX_SOCKET_PATH, MachineDefinition, MachineDisk, MachineFiles, Network,
 };
 pub use machine::{Exit, Hypervisor, IoErrorEvent, Machine, MachineError, MachineEvent, Pending, Status, Subscription};
-pub use mirror::{Copying, DiskLoad, MirrorError, MirrorProgress, MirrorState, Mirroring, Side};
+pub use mirror::{Cause, Copying, DiskLoad, MirrorError, MirrorProgress, MirrorState, Mirroring, Side};
 pub use qemu::{AdoptError, Qemu, QemuHypervisor, StartError};
 
 /// The message types of the QEMU machine protocol and of the guest agent, for callers of

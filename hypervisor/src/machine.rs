@@ -285,3 +285,14 @@ pub enum MachineError {
         waited: Duration,
     },
 }
+
+impl MachineError {
+    /// Whether nobody could be asked at the moment: the machine may live.
+    pub fn is_unreachable(&self) -> bool {
+        match self {
+            MachineError::Unreachable { .. } => true,
+            MachineError::Libvirt { source, .. } => source.is_unreachable(),
+            _ => false,
+        }
+    }
+}

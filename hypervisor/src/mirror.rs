@@ -60,8 +60,10 @@ pub enum MirrorState {
     None,
     /// The guest is on its source and is being copied.
     Copying(MirrorProgress),
-    /// The copy has ended by itself; the guest is on its source.
+    /// The copy has ended by itself; the guest is on its source. A new one begins at the beginning.
     Failed {
+        /// As far as that is known.
+        cause: Cause,
         /// In the hypervisor's words.
         reason: String,
     },
@@ -70,6 +72,17 @@ pub enum MirrorState {
         /// The source is still open.
         source_held: bool,
     },
+}
+
+/// What a copy has ended by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// This side failed.
+    Side(Side),
+    /// Somebody has given it up who was not asked to.
+    Cancelled,
+    /// Nobody says; one that is begun again may tell.
+    Unknown,
 }
 
 /// How far a copy is.
@@ -179,4 +192,14 @@ pub enum MirrorError {
     /// The machine did not do it.
     #[error(transparent)]
     Machine(#[from] MachineError),
+}
+
+impl MirrorError {
+    /// Whether nobody could be asked at the moment: the copy may go on meanwhile.
+    pub fn is_unreachable(&self) -> bool {
+        match self {
+            MirrorError::Machine(source) | MirrorError::Target { source, .. } => source.is_unreachable(),
+            _ => false,
+        }
+    }
 }

@@ -96,9 +96,8 @@ impl Recovery {
                 });
                 if driver.mirrors() {
                     self.leave_overlays(&mut driver).await?;
-                } else {
-                    self.redefine_vm(&mut driver).await;
                 }
+                self.redefine_vm(&mut driver).await;
                 self.remove_overlays();
                 self.release_lease(&mut driver);
                 self.watch(&mut driver);

@@ -53,6 +53,14 @@ impl Recovery {
         }
     }
 
+    /// The libvirt that its VM is on.
+    pub(super) fn libvirt(&self) -> Option<&str> {
+        match &self.definition.request.on {
+            HypervisorKind::Libvirt(uri) => Some(uri),
+            HypervisorKind::Qemu | HypervisorKind::None => None,
+        }
+    }
+
     /// Lets the user that QEMU runs as reach the disks.
     pub(super) fn open_socket(&self) -> Result<(), Problem> {
         let Some(user) = self.definition.request.runs_as else { return Ok(()) };

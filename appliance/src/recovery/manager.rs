@@ -1,6 +1,6 @@
 //! All recoveries of a state folder.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -273,7 +273,7 @@ impl Recoveries {
     async fn discard_begun(&self, name: &str) -> Result<RecoveryView, Problem> {
         let broken = self.lock().broken.get(name).cloned();
         if let Some(problem) = broken {
-            super::broken::discard(&self.context.state, name).await?;
+            super::broken::discard(&self.context.state, name, self.libvirts()).await?;
             self.lock().broken.remove(name);
             return Ok(RecoveryView { state: State::Discarded, ..super::broken::view(name, &problem) });
         }
@@ -281,6 +281,11 @@ impl Recoveries {
         recovery.discard().await?;
         self.lock().recoveries.remove(name);
         Ok(recovery.view())
+    }
+
+    /// Where recoveries have their domains.
+    fn libvirts(&self) -> BTreeSet<String> {
+        self.lock().recoveries.values().filter_map(|recovery| recovery.libvirt().map(str::to_owned)).collect()
     }
 
     /// Whether any recovery needs this process, or its successor, to serve it.

@@ -13,18 +13,16 @@ use super::one::{Driver, NBD_SOCKET, Recovery};
 use super::record::Record;
 use super::state::State;
 use crate::disks;
-use crate::problem::Problem;
+use crate::problem::{Problem, chain};
 use crate::rehydrate::{self, Mirror, Mirrored, Opening, Plan, Regions};
 
 /// How often a VM that was held is told to go on, until it does.
 const RESUME_RETRY: Duration = Duration::from_millis(500);
-/// After this a failure is reported, and tried again with all else.
-const RESUME_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Recovery {
-    /// Why QEMU cannot copy the disks, if it cannot.
+    /// Why the hypervisor cannot copy the disks, if it cannot.
     pub(super) async fn no_mirror(&self, driver: &Driver) -> Option<String> {
-        if self.definition.request.on != HypervisorKind::Qemu {
+        if self.definition.request.on == HypervisorKind::None {
             return Some("it has no VM of Lifeboat's".to_owned());
         }
         match &driver.vm {
@@ -32,7 +30,7 @@ impl Recovery {
             Some(vm) => match vm.status().await {
                 Ok(_) => {}
                 Err(MachineError::Gone { .. }) => return Some("its VM does not run".to_owned()),
-                Err(error) => return Some(crate::problem::chain(&error)),
+                Err(error) => return Some(chain(&error)),
             },
         }
         // What others write QEMU does not see, and after the cutover the disks are served no more.
@@ -153,12 +151,12 @@ impl Recovery {
         };
         let held = held.and_then(|()| tokio::task::block_in_place(|| decide(&mut driver.journal)));
         if let Err(error) = held {
-            go_on(&*vm).await;
+            self.go_on(&*vm).await;
             return Err(error);
         }
         match self.pivot_all(driver, &*vm).await {
             Ok(()) => {
-                go_on(&*vm).await;
+                self.go_on(&*vm).await;
                 Ok(began.elapsed())
             }
             Err(error) => {
@@ -204,7 +202,7 @@ impl Recovery {
         let record = Record::State { state: State::CuttingOver, problem: None };
         tokio::task::block_in_place(|| insist(driver, &record));
         self.leave_moved_behind(driver);
-        go_on(vm).await;
+        self.go_on(vm).await;
     }
 
     /// What the overlay of a moved disk holds is of no use to anybody any more.
@@ -224,7 +222,7 @@ impl Recovery {
         if let Some(vm) = driver.vm.clone()
             && vm.status().await.is_ok_and(|status| status == Status::Paused)
         {
-            go_on(&*vm).await;
+            self.go_on(&*vm).await;
         }
         Ok(())
     }
@@ -249,14 +247,13 @@ impl Recovery {
                     self.fall_back(driver, &*vm).await;
                     driver.state = State::CuttingOver;
                     self.enter(driver, super::state::Event::SwitchFailed, None)?;
-                    self.note_move(driver, Some(crate::problem::chain(&error)))?;
+                    self.note_move(driver, Some(chain(&error)))?;
                     return Err(Problem::failed(format!("recovery {} is not cut over", self.name()), &error));
                 }
             }
-            // Who let the source go had let the guest go on before.
-            let held = states.iter().any(|state| !matches!(state, MirrorState::Pivoted { source_held: false }));
-            if held && vm.status().await.is_ok_and(|status| status == Status::Paused) {
-                go_on(&*vm).await;
+            // Who noted where the disks are had let the guest go on before.
+            if moved.contains(&false) && vm.status().await.is_ok_and(|status| status == Status::Paused) {
+                self.go_on(&*vm).await;
             }
         }
         self.leave_overlays(driver).await
@@ -270,7 +267,7 @@ impl Recovery {
                 match vm.mirror_release(at).await {
                     Ok(()) | Err(hypervisor::MirrorError::Machine(MachineError::Gone { .. })) => {}
                     Err(error) => {
-                        let error = crate::problem::chain(&error);
+                        let error = chain(&error);
                         tracing::warn!(recovery = %self.name(), disk = disk.name, error, "QEMU holds its old source");
                     }
                 }
@@ -282,6 +279,24 @@ impl Recovery {
                 self.retire(driver).await;
                 Ok(())
             }
+        }
+    }
+
+    /// Lets a VM that was held run, however long it takes until it can be told: whoever stopped here would leave a guest
+    /// stopped that nobody lets go.
+    async fn go_on(&self, vm: &dyn Machine) {
+        while let Err(error) = vm.resume().await {
+            // Whatever else it is, it is not held by us: it has ended, or waits for its disk.
+            match vm.status().await {
+                Ok(Status::Paused) => {}
+                Err(MachineError::Gone { .. }) | Ok(_) => return,
+                Err(_) => {}
+            }
+            let why =
+                format!("the VM was held for a cutover and cannot be told to go on: {}; trying again", chain(&error));
+            tracing::error!(recovery = %self.name(), why);
+            self.show(|shown| shown.problem = Some(why));
+            tokio::time::sleep(RESUME_RETRY).await;
         }
     }
 
@@ -303,24 +318,4 @@ pub(super) fn on_targets(machine: &mut MachineDefinition, plan: &Plan) -> Result
         disk.source = source_of(&planned.place)?;
     }
     Ok(())
-}
-
-/// Lets a VM that was held run, as soon as it can be told.
-async fn go_on(vm: &dyn Machine) {
-    let began = Instant::now();
-    loop {
-        match vm.resume().await {
-            Ok(()) | Err(MachineError::Gone { .. }) => return,
-            Err(error) => {
-                tracing::error!(
-                    error = crate::problem::chain(&error),
-                    "the VM was held for a cutover and does not go on"
-                );
-                if began.elapsed() > RESUME_PATIENCE {
-                    return;
-                }
-                tokio::time::sleep(RESUME_RETRY).await;
-            }
-        }
-    }
 }

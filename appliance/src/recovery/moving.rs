@@ -208,6 +208,11 @@ impl Recovery {
         let Some(plan) = driver.plan.clone() else {
             return self.enter(driver, Event::RehydrationCancelled, None).map(drop);
         };
+        if plan.mode == Mode::Mirror && self.is_unreachable() {
+            let why = "the VM cannot be asked how its disks stand; the move goes on when it can".to_owned();
+            self.show(|shown| shown.problem = Some(why));
+            return Ok(());
+        }
         let begun = match self.open(driver, &plan, Opening::Again).await {
             Ok(opened) => self.begin(driver, opened).await,
             Err(problem) => Err(problem),

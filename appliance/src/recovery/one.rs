@@ -186,7 +186,7 @@ impl Recovery {
             State::Discarding => self.take_away(&mut driver).await?,
             State::Failed | State::Discarded => {}
         }
-        let stays = driver.state == State::Failed || driver.held.is_some();
+        let stays = driver.state == State::Failed || driver.held.is_some() || self.is_unreachable();
         self.show(|shown| shown.problem = shown.problem.take().filter(|_| stays));
         Ok(())
     }

@@ -151,6 +151,13 @@ impl Recovery {
                 return false;
             }
             tracing::info!(recovery = %self.definition.name, "the VM can be asked again");
+            if matches!(driver.state, State::Rehydrating)
+                && let Err(problem) = self.move_on(&mut driver).await
+            {
+                tracing::error!(recovery = %self.definition.name, %problem, "the disks are not moved on");
+                self.note_problem(&problem);
+            }
+            // Ends who calls this, so nothing comes after it.
             self.watch(&mut driver);
         }
         true

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use hypervisor::{Copying, DiskLoad, Machine, MachineError, MirrorError, MirrorProgress, MirrorState, Side};
+use hypervisor::{Cause, Copying, DiskLoad, Machine, MachineError, MirrorError, MirrorProgress, MirrorState, Side};
 use tokio::task::JoinHandle;
 
 use super::copier::CopyError;
 use super::mirrored::{MirrorFault, Mirrored};
 use super::pace::Pace;
 use super::stream::{LITTLE, Phase, Progress, SHORT, Watch};
+use crate::problem::chain;
 
 /// How often the copy is looked at.
 const WINDOW: Duration = Duration::from_millis(250);
@@ -67,17 +68,7 @@ impl Mirror {
         for one in disks.iter().filter(|one| !one.moved) {
             // All is unproven, and stays noted from here on; so the order of this and the copy does not matter.
             tokio::task::block_in_place(|| one.disk.track(Some(one.regions.clone())));
-            let failed = |source| one.hypervisor(source);
-            match vm.mirror_state(one.at).await.map_err(failed)? {
-                MirrorState::None | MirrorState::Failed { .. } => {
-                    vm.mirror(one.at, &one.source, each).await.map_err(failed)?;
-                }
-                MirrorState::Copying(_) => {
-                    vm.mirror_limit(one.at, each).await.map_err(failed)?;
-                    vm.mirror_resume(one.at).await.map_err(failed)?;
-                }
-                MirrorState::Pivoted { .. } => {}
-            }
+            one.copy(&*vm, each).await.map_err(|source| one.hypervisor(source))?;
         }
         let seen = Mutex::new(vec![None; disks.len()]);
         let progress = Progress { phase: Phase::Copying, rate: 0.0, dirty_rate: 0.0, latency_us: None };
@@ -227,7 +218,7 @@ async fn follow(shared: Arc<Shared>) {
         let found = match shared.look(&mut kept.paused).await {
             Ok(found) => found,
             Err(fault) => {
-                let why = crate::problem::chain(&fault);
+                let why = chain(&fault);
                 tracing::error!(error = why, "rehydration is held; the guest runs on");
                 shared.stop.store(true, Ordering::Release);
                 shared.show(Phase::Held(why));
@@ -276,9 +267,9 @@ async fn compare(shared: Arc<Shared>) {
                 let little = unproven <= LITTLE * super::regions::REGION || time <= SHORT;
                 shared.proven.store(little, Ordering::Release);
             }
-            // The hypervisor meets that, too, and it passes.
-            Err(MirrorFault::Compare(error @ CopyError::Source { .. })) => {
-                tracing::warn!(error = crate::problem::chain(&error), "the comparison waits and tries again");
+            // The hypervisor meets the first, too, and both pass.
+            Err(fault) if matches!(fault, MirrorFault::Compare(CopyError::Source { .. })) || fault.is_unreachable() => {
+                tracing::warn!(error = chain(&fault), "the comparison waits and tries again");
             }
             Err(fault) => {
                 *shared.fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault);
@@ -309,22 +300,29 @@ impl Shared {
                             return Err(ended("it was paused in the hypervisor"));
                         }
                         Copying::Paused => waits = true,
-                        Copying::Stalled { side: Some(Side::Target), no_space } => {
-                            return Err(MirrorFault::Target { target: one.place.clone(), no_space });
-                        }
+                        Copying::Stalled { side: Some(Side::Target), no_space } => return Err(one.full(no_space)),
                         // Where the side is not known it fails once more, and is.
                         Copying::Stalled { .. } => {
                             found = Found::Failing(MirrorFault::Source { disk: one.name.clone() }.to_string());
                         }
                     }
                 }
-                Ok(MirrorState::Failed { reason }) => return Err(ended(&reason)),
+                Ok(MirrorState::Failed { cause: Cause::Side(Side::Source), .. }) => {
+                    ready = false;
+                    found = Found::Failing(MirrorFault::Source { disk: one.name.clone() }.to_string());
+                }
+                Ok(MirrorState::Failed { cause: Cause::Unknown, reason }) => {
+                    ready = false;
+                    found = Found::Failing(ended(&reason).to_string());
+                }
+                Ok(MirrorState::Failed { cause: Cause::Side(Side::Target), reason }) => return Err(one.target(reason)),
+                Ok(MirrorState::Failed { cause: Cause::Cancelled, reason }) => return Err(ended(&reason)),
                 Ok(MirrorState::None) => return Err(ended("the hypervisor does not know of it")),
                 Ok(MirrorState::Pivoted { .. }) => {}
                 Err(MirrorError::Machine(MachineError::Gone { .. })) => return Err(ended("the VM has ended")),
                 Err(error) => {
-                    tracing::warn!(error = crate::problem::chain(&error), "cannot see how a mirror stands");
                     ready = false;
+                    found = Found::Failing(format!("cannot see how disk {} stands: {}", one.name, chain(&error)));
                 }
             }
         }
@@ -336,10 +334,12 @@ impl Shared {
         })
     }
 
+    /// Lets the copies that wait go on, and begins those anew that have ended.
     async fn resume_stalled(&self) {
+        let each = share(self.pace.rate(), self.disks.iter().filter(|one| !one.moved).count());
         for one in self.disks.iter().filter(|one| !one.moved) {
-            if let Err(error) = self.vm.mirror_resume(one.at).await {
-                tracing::warn!(disk = one.name, error = crate::problem::chain(&error), "cannot let a copy go on");
+            if let Err(error) = one.copy(&*self.vm, each).await {
+                tracing::warn!(disk = one.name, error = chain(&error), "cannot let a copy go on");
             }
         }
     }
@@ -377,7 +377,7 @@ impl Shared {
         if kept.each.replace(each) != Some(each) {
             for one in self.disks.iter().filter(|one| !one.moved) {
                 if let Err(error) = self.vm.mirror_limit(one.at, each).await {
-                    tracing::debug!(disk = one.name, error = crate::problem::chain(&error), "the copy keeps its pace");
+                    tracing::debug!(disk = one.name, error = chain(&error), "the copy keeps its pace");
                 }
             }
         }
@@ -396,11 +396,13 @@ impl Shared {
                 MirrorState::Copying(MirrorProgress {
                     doing: Copying::Stalled { side: Some(Side::Target), no_space },
                     ..
-                }) => return Err(MirrorFault::Target { target: one.place.clone(), no_space }),
+                }) => return Err(one.full(no_space)),
                 MirrorState::Copying(_) => {
                     return Err(MirrorFault::Ended { disk: one.name.clone(), reason: "it does not go on".to_owned() });
                 }
-                MirrorState::Failed { reason } => return Err(MirrorFault::Ended { disk: one.name.clone(), reason }),
+                MirrorState::Failed { reason, .. } => {
+                    return Err(MirrorFault::Ended { disk: one.name.clone(), reason });
+                }
                 MirrorState::None => return Err(one.hypervisor(MirrorError::NotMirrored { disk: one.at })),
             }
         }

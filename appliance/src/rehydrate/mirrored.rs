@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use hypervisor::{DiskSource, Machine, MirrorError};
+use hypervisor::{DiskSource, Machine, MirrorError, MirrorState};
 
 use super::compare::{self, Pair, Pass};
 use super::copier::CopyError;
@@ -67,12 +67,12 @@ pub enum MirrorFault {
         reason: String,
     },
     /// The target does not take what is written.
-    #[error("cannot write {target}: {}", if *no_space { "No space left on device" } else { "Input/output error" })]
+    #[error("cannot write {target}: {reason}")]
     Target {
         /// Which.
         target: Place,
         /// What is wrong with it.
-        no_space: bool,
+        reason: String,
     },
     /// The disk cannot be read.
     #[error("cannot read disk {disk}")]
@@ -108,7 +108,40 @@ pub enum MirrorFault {
     Panicked(#[source] tokio::task::JoinError),
 }
 
+impl MirrorFault {
+    /// Whether the hypervisor could not be asked at the moment; it may copy on meanwhile.
+    pub fn is_unreachable(&self) -> bool {
+        matches!(self, MirrorFault::Hypervisor { source, .. } if source.is_unreachable())
+    }
+}
+
 impl Mirrored {
+    /// Has the disk copied: on from where its copy waits, or anew.
+    pub async fn copy(&self, vm: &dyn Machine, limit: Option<u64>) -> Result<(), MirrorError> {
+        match vm.mirror_state(self.at).await? {
+            MirrorState::None | MirrorState::Failed { .. } => {
+                // What was proven may be overwritten by what it begins with.
+                (0..self.regions.total()).for_each(|region| self.regions.unprove(region));
+                vm.mirror(self.at, &self.source, limit).await
+            }
+            MirrorState::Copying(_) => {
+                vm.mirror_limit(self.at, limit).await?;
+                vm.mirror_resume(self.at).await
+            }
+            MirrorState::Pivoted { .. } => Ok(()),
+        }
+    }
+
+    /// The target does not take what is written.
+    pub fn target(&self, reason: String) -> MirrorFault {
+        MirrorFault::Target { target: self.place.clone(), reason }
+    }
+
+    /// The same, where the hypervisor only says whether there was no space.
+    pub fn full(&self, no_space: bool) -> MirrorFault {
+        self.target(if no_space { "No space left on device" } else { "Input/output error" }.to_owned())
+    }
+
     /// With what the hypervisor says.
     pub fn hypervisor(&self, source: MirrorError) -> MirrorFault {
         MirrorFault::Hypervisor { disk: self.name.clone(), source }

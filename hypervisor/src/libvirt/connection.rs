@@ -35,7 +35,7 @@ pub struct Connection {
 #[derive(Debug)]
 struct Open {
     connect: Connect,
-    subscriptions: Vec<i32>,
+    subscriptions: ffi::Subscriptions,
 }
 
 impl Connection {

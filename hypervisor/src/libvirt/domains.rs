@@ -1,5 +1,6 @@
 //! The domains of a libvirt: listed, and described for a backup.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -8,10 +9,10 @@ use virt::domain::Domain;
 use virt_sys as sys;
 
 use super::connection::Connection;
-use super::error::LibvirtError;
+use super::error::{LibvirtError, Reason};
 use super::ffi::Fault;
-use super::machine::{CALL_DEADLINE, gone};
-use super::start::LIST_DEADLINE;
+use super::machine::{CALL_DEADLINE, DESTROY_DEADLINE, gone};
+use super::start::{LIST_DEADLINE, undefine};
 use super::xml::{self, CapturedDisk};
 
 /// A domain, as it is found.
@@ -67,7 +68,7 @@ impl Domains {
                     match found(&domain) {
                         Ok(domain) => all.push(domain),
                         // It went while the list was made.
-                        Err(fault) if fault.reason == super::error::Reason::NoDomain => {}
+                        Err(fault) if fault.reason == Reason::NoDomain => {}
                         Err(fault) => return Err(fault),
                     }
                 }
@@ -82,6 +83,26 @@ impl Domains {
         let asked =
             self.connection.call("tell what it can do", CALL_DEADLINE, |connect| Ok(connect.get_capabilities()?));
         Ok(xml::qemu_user(&asked.await?).filter(|user| *user != us && *user != 0))
+    }
+
+    /// Ends and undefines the domains of the recovery in `folder`, but for those that have left it. Returns their names.
+    pub async fn end_those_of(&self, folder: &Path) -> Result<Vec<String>, LibvirtError> {
+        let folder = folder.to_string_lossy().into_owned();
+        self.connection
+            .call("end the domains of a recovery", DESTROY_DEADLINE, move |connect| {
+                let mut ended = Vec::new();
+                for domain in connect.list_all_domains(0)? {
+                    match end_one_of(&domain, &folder) {
+                        Ok(Some(name)) => ended.push(name),
+                        Ok(None) => {}
+                        // It went meanwhile.
+                        Err(fault) if fault.reason == Reason::NoDomain => {}
+                        Err(fault) => return Err(fault),
+                    }
+                }
+                Ok(ended)
+            })
+            .await
     }
 
     /// One domain, by its name.
@@ -102,6 +123,21 @@ impl Domains {
 /// The domain called `name`, which has no zero byte.
 pub(super) fn by_name(connect: &Connect, name: &str) -> Result<Domain, Fault> {
     Ok(Domain::lookup_by_name(connect, name)?)
+}
+
+fn end_one_of(domain: &Domain, folder: &str) -> Result<Option<String>, Fault> {
+    let description = domain.get_xml_desc(0)?;
+    if xml::owner(&description).as_deref() != Some(folder) || xml::is_in_production(&description) {
+        return Ok(None);
+    }
+    let (name, persistent) = (domain.get_name()?, domain.is_persistent()?);
+    if domain.is_active()? {
+        domain.destroy()?;
+    }
+    if persistent {
+        undefine(domain)?;
+    }
+    Ok(Some(name))
 }
 
 fn found(domain: &Domain) -> Result<FoundDomain, Fault> {

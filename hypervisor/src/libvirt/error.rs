@@ -17,6 +17,8 @@ pub enum Reason {
     Unsupported,
     /// The guest agent is missing or does not answer.
     NoAgent,
+    /// The connection broke meanwhile.
+    Connection,
     /// Anything else.
     Other,
 }
@@ -117,6 +119,14 @@ pub enum LibvirtError {
 }
 
 impl LibvirtError {
+    /// Whether libvirt could not be asked at the moment.
+    pub fn is_unreachable(&self) -> bool {
+        match self {
+            LibvirtError::Connect { .. } | LibvirtError::Silent { .. } | LibvirtError::Busy { .. } => true,
+            other => other.reason() == Reason::Connection,
+        }
+    }
+
     /// What kind of refusal it is.
     pub fn reason(&self) -> Reason {
         match self {

@@ -4,12 +4,12 @@
 //! until it calls [`release`].
 #![expect(unsafe_code, reason = "these functions of libvirt have no safe binding")]
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_longlong, c_uint, c_void};
 use std::ptr;
 
 use virt::connect::Connect;
 use virt::domain::Domain;
-use virt::error::{Error, ErrorNumber};
+use virt::error::{Error, ErrorDomain, ErrorNumber};
 use virt_sys as sys;
 
 use super::error::Reason;
@@ -27,6 +27,8 @@ pub enum Happening {
     BlockJob { disk: String, status: c_int },
     /// The guest agent came or went.
     Agent { connected: bool },
+    /// QEMU itself said something of a copy: the event's name and its data.
+    Copy { event: String, data: String },
 }
 
 type Listener = Box<dyn Fn(String, Happening) + Send + Sync>;
@@ -52,6 +54,7 @@ pub struct Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Fault {
         let reason = match error.code() {
+            _ if error.domain() == ErrorDomain::Rpc => Reason::Connection,
             ErrorNumber::NoDomain => Reason::NoDomain,
             ErrorNumber::DomExist => Reason::Exists,
             ErrorNumber::OperationInvalid => Reason::State,
@@ -69,12 +72,18 @@ impl From<Error> for Fault {
     }
 }
 
+/// What [`unsubscribe`] needs.
+#[derive(Debug)]
+pub struct Subscriptions {
+    events: Vec<c_int>,
+    monitor: Option<c_int>,
+}
+
 /// Tells `listener` everything about all domains of a connection until the connection is closed with [`unsubscribe`].
-/// Returns what that needs.
 pub fn subscribe(
     connect: &Connect,
     listener: impl Fn(String, Happening) + Send + Sync + Clone + 'static,
-) -> Vec<c_int> {
+) -> Subscriptions {
     let mut known = Vec::new();
     // SAFETY: libvirt's generic callback type stands for the type that belongs to the event id, and it calls it with
     // that type's arguments; a function pointer of any type has the same representation.
@@ -110,7 +119,33 @@ pub fn subscribe(
             drop(unsafe { Box::from_raw(opaque.cast::<Listener>()) });
         }
     }
-    known
+    Subscriptions { events: known, monitor: subscribe_to_copies(connect, listener) }
+}
+
+/// libvirt's own events do not say which side of a copy has failed, and why.
+fn subscribe_to_copies(
+    connect: &Connect,
+    listener: impl Fn(String, Happening) + Send + Sync + 'static,
+) -> Option<c_int> {
+    let boxed: Box<Listener> = Box::new(Box::new(listener));
+    let opaque = Box::into_raw(boxed).cast::<c_void>();
+    // SAFETY: as in `subscribe`; the pattern ends with a zero.
+    let id = unsafe {
+        sys::virConnectDomainQemuMonitorEventRegister(
+            connect.as_ptr(),
+            ptr::null_mut(),
+            c"^BLOCK_JOB_(ERROR|COMPLETED)$".as_ptr(),
+            Some(copy),
+            opaque,
+            Some(release),
+            sys::VIR_CONNECT_DOMAIN_QEMU_MONITOR_EVENT_REGISTER_REGEX,
+        )
+    };
+    if id < 0 {
+        // SAFETY: a registration that failed has not taken the closure.
+        drop(unsafe { Box::from_raw(opaque.cast::<Listener>()) });
+    }
+    (id >= 0).then_some(id)
 }
 
 /// # Safety
@@ -126,10 +161,14 @@ unsafe fn generic(callback: *const c_void) -> sys::virConnectDomainEventGenericC
 }
 
 /// Ends what [`subscribe`] began.
-pub fn unsubscribe(connect: &Connect, ids: &[c_int]) {
-    for id in ids {
+pub fn unsubscribe(connect: &Connect, subscriptions: &Subscriptions) {
+    for id in &subscriptions.events {
         // SAFETY: the connection is open and the id is one of its own; one that is gone is refused.
         unsafe { sys::virConnectDomainEventDeregisterAny(connect.as_ptr(), *id) };
+    }
+    if let Some(id) = subscriptions.monitor {
+        // SAFETY: the same.
+        unsafe { sys::virConnectDomainQemuMonitorEventDeregister(connect.as_ptr(), id) };
     }
 }
 
@@ -221,6 +260,19 @@ unsafe extern "C" fn agent(
     let connected = c_uint::try_from(state) == Ok(sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED);
     // SAFETY: libvirt's own arguments.
     unsafe { tell(domain, opaque, Happening::Agent { connected }) };
+}
+
+unsafe extern "C" fn copy(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    event: *const c_char,
+    _seconds: c_longlong,
+    _micros: c_uint,
+    data: *const c_char,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt's own arguments; its texts end with a zero.
+    unsafe { tell(domain, opaque, Happening::Copy { event: words(event), data: words(data) }) };
 }
 
 /// How far a job on a disk is.

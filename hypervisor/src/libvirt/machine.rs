@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 use virt::connect::Connect;
@@ -15,11 +16,12 @@ use super::ffi::{Fault, Happening};
 use super::mirror::{self, Copies};
 use crate::definition::{DiskSource, Domain as Definition, MachineDefinition};
 use crate::machine::{Exit, IoErrorEvent, Machine, MachineError, MachineEvent, Pending, Status, Subscription};
+use crate::qemu::guest_agent::AgentError;
 
 /// How long a call may take that libvirt answers at once when it is well.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(15);
 /// How long the end of a domain may take: libvirt asks, then kills.
-const DESTROY_DEADLINE: Duration = Duration::from_secs(60);
+pub(super) const DESTROY_DEADLINE: Duration = Duration::from_secs(60);
 /// How often a domain is asked whether it lives, for events that were lost.
 const LOOK: Duration = Duration::from_secs(1);
 const EVENTS_MAX: usize = 1024;
@@ -106,6 +108,23 @@ impl LibvirtMachine {
         }
     }
 
+    async fn ask(&self, command: &'static str, deadline: Duration) -> Result<Value, AgentError> {
+        let line = json!({ "execute": command }).to_string();
+        let seconds = i32::try_from(deadline.as_secs().max(1)).unwrap_or(i32::MAX);
+        // libvirt synchronises with the agent first.
+        let patience = deadline + CALL_DEADLINE;
+        let asked = self
+            .on_domain("ask the guest agent", patience, move |domain| Ok(domain.qemu_agent_command(&line, seconds, 0)?))
+            .await;
+        let answer = asked.map_err(|error| match &error {
+            MachineError::Libvirt { source, .. } if source.reason() == Reason::Unsupported => AgentError::Absent,
+            _ => AgentError::Machine(Box::new(error)),
+        })?;
+        let unexpected = || AgentError::Unexpected { command: command.to_owned() };
+        let mut answer: Value = serde_json::from_str(&answer).map_err(|_| unexpected())?;
+        answer.get_mut("return").map(Value::take).ok_or_else(unexpected)
+    }
+
     async fn destroy(&self, grace: Duration) -> Result<Exit, MachineError> {
         let what = "end a domain";
         let gentle = !grace.is_zero();
@@ -183,6 +202,10 @@ impl Machine for LibvirtMachine {
 
     fn resume(&self) -> Pending<'_, Result<(), MachineError>> {
         Box::pin(self.on_domain("let a domain go on", CALL_DEADLINE, |domain| Ok(domain.resume().map(drop)?)))
+    }
+
+    fn ask_agent(&self, command: &'static str, deadline: Duration) -> Pending<'_, Result<Value, AgentError>> {
+        Box::pin(self.ask(command, deadline))
     }
 
     fn power_down(&self) -> Pending<'_, Result<(), MachineError>> {
@@ -275,6 +298,10 @@ fn event(happening: Happening, passing: &Passing) -> Option<MachineEvent> {
             MachineEvent::Mirror { disk }
         }
         Happening::Agent { connected } => MachineEvent::GuestAgent { connected },
+        Happening::Copy { event, data } => {
+            mirror::note_fault(&passing.copies, &passing.targets, &event, &data);
+            return None;
+        }
     })
 }
 

@@ -6,9 +6,9 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use virt::domain::Domain;
 use virt_sys as sys;
 
@@ -18,12 +18,16 @@ use super::machine::{CALL_DEADLINE, LibvirtMachine};
 use super::xml;
 use crate::definition::DiskSource;
 use crate::machine::{MachineError, Pending};
-use crate::mirror::{Copying, DiskLoad, MirrorError, MirrorProgress, MirrorState, Mirroring};
+use crate::mirror::{Cause, Copying, DiskLoad, MirrorError, MirrorProgress, MirrorState, Mirroring, Side};
 
 /// How long the end of a copy may take: libvirt waits for what is in flight.
 const END_DEADLINE: Duration = Duration::from_secs(90);
+const FLUSH: &str = "flush a copy";
 /// Bytes a second of a copy that is paused.
 const CRAWL: u64 = 1;
+/// How long the event may take that says how a copy has ended, and how often it is looked for.
+const EVENT_DEADLINE: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What is remembered of copies, by the disks' positions.
 pub(super) type Copies = Arc<Mutex<HashMap<usize, Remembered>>>;
@@ -33,17 +37,59 @@ pub(super) type Copies = Arc<Mutex<HashMap<usize, Remembered>>>;
 pub(super) struct Remembered {
     limit: Option<u64>,
     paused: bool,
-    /// How it ended, if it did not do so on request.
-    failed: Option<String>,
+    /// It was there.
+    begun: bool,
+    /// It ended, and libvirt said so.
+    ended: bool,
+    /// Somebody gave it up.
+    cancelled: bool,
+    /// Which side failed, and what QEMU said of it.
+    side: Option<Side>,
+    said: Option<String>,
+}
+
+impl Remembered {
+    /// How a copy stands that is gone.
+    fn after(self) -> MirrorState {
+        let (cause, words) = match (self.side, self.cancelled) {
+            _ if !self.begun => return MirrorState::None,
+            (_, true) => (Cause::Cancelled, "it was cancelled"),
+            (Some(side), _) => (Cause::Side(side), "libvirt's log says why"),
+            (None, _) => (Cause::Unknown, "libvirt no longer knows of it"),
+        };
+        MirrorState::Failed { cause, reason: self.said.unwrap_or_else(|| words.to_owned()) }
+    }
 }
 
 /// Notes how a job has changed.
 pub(super) fn note(copies: &Copies, disk: usize, status: i32) {
-    let reason = match u32::try_from(status) {
-        Ok(sys::VIR_DOMAIN_BLOCK_JOB_FAILED) => "libvirt's copy failed; its log says why",
+    let cancelled = match u32::try_from(status) {
+        Ok(sys::VIR_DOMAIN_BLOCK_JOB_FAILED) => false,
+        Ok(sys::VIR_DOMAIN_BLOCK_JOB_CANCELED) => true,
         _ => return,
     };
-    lock(copies).entry(disk).or_default().failed = Some(reason.to_owned());
+    if let Some(copy) = lock(copies).get_mut(&disk) {
+        (copy.ended, copy.cancelled) = (true, cancelled);
+    }
+}
+
+/// Notes what QEMU says of a copy that fails, which it does before libvirt says that it has.
+pub(super) fn note_fault(copies: &Copies, targets: &[String], event: &str, data: &str) {
+    let data: Value = serde_json::from_str(data).unwrap_or_default();
+    let text = |key: &str| data[key].as_str().unwrap_or_default();
+    // libvirt names a job by the disk and the copy's node: copy-vda-libvirt-3-format.
+    let is_of = |target: &String| {
+        text("device").strip_prefix("copy-").is_some_and(|job| job.starts_with(&format!("{target}-")))
+    };
+    let Some(disk) = targets.iter().position(is_of) else { return };
+    let mut copies = lock(copies);
+    let copy = copies.entry(disk).or_default();
+    match event {
+        "BLOCK_JOB_ERROR" if text("operation") == "write" => copy.side = Some(Side::Target),
+        "BLOCK_JOB_ERROR" => copy.side = Some(Side::Source),
+        _ if !text("error").is_empty() => copy.said = Some(text("error").to_owned()),
+        _ => {}
+    }
 }
 
 fn lock(copies: &Copies) -> std::sync::MutexGuard<'_, HashMap<usize, Remembered>> {
@@ -81,17 +127,22 @@ impl LibvirtMachine {
         if !live.on_source {
             return Ok(MirrorState::Pivoted { source_held: false });
         }
-        let known = lock(self.copies()).get(&disk).cloned().unwrap_or_default();
-        Ok(match (info, known.failed) {
-            (Some(info), _) => MirrorState::Copying(MirrorProgress {
+        let known = || lock(self.copies()).get(&disk).cloned().unwrap_or_default();
+        if let Some(info) = info {
+            self.remember(disk, |copy| copy.begun = true);
+            return Ok(MirrorState::Copying(MirrorProgress {
                 copied: info.current,
                 total: info.end,
                 ready: live.copy_ready,
-                doing: if known.paused { Copying::Paused } else { Copying::Running },
-            }),
-            (None, Some(reason)) => MirrorState::Failed { reason },
-            (None, None) => MirrorState::None,
-        })
+                doing: if known().paused { Copying::Paused } else { Copying::Running },
+            }));
+        }
+        // That it is gone may be seen before the event that says why.
+        let gone = Instant::now();
+        while known().begun && !known().ended && gone.elapsed() < EVENT_DEADLINE {
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(known().after())
     }
 
     async fn begin(&self, disk: usize, target: &DiskSource, limit: Option<u64>) -> Result<(), MirrorError> {
@@ -101,10 +152,16 @@ impl LibvirtMachine {
             MirrorState::None | MirrorState::Failed { .. } => {}
         }
         let (name, _) = self.disk(disk)?;
-        let description = xml::copy_target(target);
-        self.remember(disk, |copy| *copy = Remembered { limit, ..Remembered::default() });
-        let begin = move |domain: &Domain| ffi::block_copy(domain, &name, &description, limit);
+        let target_of_copy = target.clone();
+        self.remember(disk, |copy| *copy = Remembered { limit, begun: true, ..Remembered::default() });
+        let begin = move |domain: &Domain| {
+            let size = domain.get_block_info(&name, 0)?.capacity;
+            ffi::block_copy(domain, &name, &xml::copy_target(&target_of_copy, size), limit)
+        };
         let begun = self.on_domain("begin to copy a disk", END_DEADLINE, begin).await;
+        if begun.is_err() {
+            lock(self.copies()).remove(&disk);
+        }
         begun.map_err(|source| MirrorError::Target { disk, source })
     }
 
@@ -131,25 +188,29 @@ impl LibvirtMachine {
     async fn flush(&self, disk: usize) -> Result<(), MirrorError> {
         let (live, _) = self.found(disk).await?;
         let Some(index) = live.copy_index else { return Err(MirrorError::NotMirrored { disk }) };
-        // Neither libvirt nor QMP has a flush of a copy's target.
-        let line = format!("qemu-io libvirt-{index}-format flush");
-        let command = json!({ "execute": "human-monitor-command", "arguments": { "command-line": line } }).to_string();
-        let what = "flush a copy";
-        let asked =
-            self.on_domain(what, END_DEADLINE, move |domain| Ok(domain.qemu_monitor_command(&command, 0)?)).await;
         let unusable = |source| MirrorError::Target { disk, source };
-        let answer: serde_json::Value = serde_json::from_str(&asked.map_err(unusable)?).unwrap_or_default();
-        match answer["return"].as_str().map(str::trim) {
-            Some("") => Ok(()),
-            said => Err(unusable(MachineError::Libvirt {
-                name: self.name().to_owned(),
-                source: LibvirtError::Refused {
-                    what,
-                    reason: super::Reason::Other,
-                    message: said.map_or_else(|| answer.to_string(), str::to_owned),
-                },
-            })),
+        let mut said = self.flush_node(&format!("libvirt-{index}-format")).await.map_err(unusable)?;
+        if said.contains("Cannot find device") {
+            // From libvirt 10.1 on what is raw has no node of its own for the format.
+            said = self.flush_node(&format!("libvirt-{index}-storage")).await.map_err(unusable)?;
         }
+        if said.is_empty() {
+            return Ok(());
+        }
+        Err(unusable(MachineError::Libvirt {
+            name: self.name().to_owned(),
+            source: LibvirtError::Refused { what: FLUSH, reason: super::Reason::Other, message: said },
+        }))
+    }
+
+    /// Neither libvirt nor QMP has a flush of a copy's target. Returns QEMU's complaint, empty if it has none.
+    async fn flush_node(&self, node: &str) -> Result<String, MachineError> {
+        let line = format!("qemu-io {node} flush");
+        let command = json!({ "execute": "human-monitor-command", "arguments": { "command-line": line } }).to_string();
+        let asked = self.on_domain(FLUSH, END_DEADLINE, move |domain| Ok(domain.qemu_monitor_command(&command, 0)?));
+        let text = asked.await?;
+        let answer: Value = serde_json::from_str(&text).unwrap_or_default();
+        Ok(answer["return"].as_str().map_or(text, |said| said.trim().to_owned()))
     }
 
     async fn pivot(&self, disk: usize) -> Result<(), MirrorError> {
@@ -167,7 +228,7 @@ impl LibvirtMachine {
             (MirrorState::Pivoted { .. }, _) => Ok(()),
             (_, Err(error @ MachineError::Gone { .. })) => Err(error.into()),
             (_, Err(error)) => Err(MirrorError::PivotFailed { disk, reason: chain(&error) }),
-            (MirrorState::Failed { reason }, Ok(())) => Err(MirrorError::PivotFailed { disk, reason }),
+            (MirrorState::Failed { reason, .. }, Ok(())) => Err(MirrorError::PivotFailed { disk, reason }),
             (_, Ok(())) => Err(MirrorError::PivotFailed { disk, reason: "libvirt left it where it was".to_owned() }),
         }
     }

@@ -226,7 +226,7 @@ async fn forget(machine: &MachineDefinition) -> Result<(), LibvirtError> {
     }
 }
 
-fn undefine(domain: &Domain) -> Result<(), Fault> {
+pub(super) fn undefine(domain: &Domain) -> Result<(), Fault> {
     let everything = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
         | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
         | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA

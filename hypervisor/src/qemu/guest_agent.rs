@@ -71,6 +71,9 @@ pub enum AgentError {
     /// This machine has no channel to an agent.
     #[error("the machine has no guest agent channel")]
     Absent,
+    /// Whoever has the channel did not pass the command on, or got no answer.
+    #[error("the guest agent cannot be asked")]
+    Machine(#[source] Box<crate::machine::MachineError>),
     /// An earlier command was given up; connect again.
     #[error("guest agent: an earlier command was abandoned, connect again")]
     OutOfStep,

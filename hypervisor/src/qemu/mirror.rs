@@ -20,7 +20,7 @@ use super::command_line::{block_node, is_network};
 use super::qmp::{CommandError, Occurrence};
 use crate::definition::DiskSource;
 use crate::machine::{MachineError, Pending};
-use crate::mirror::{Copying, DiskLoad, MirrorError, MirrorProgress, MirrorState, Mirroring, Side};
+use crate::mirror::{Cause, Copying, DiskLoad, MirrorError, MirrorProgress, MirrorState, Mirroring, Side};
 
 /// How long a target's NBD server may be away before its requests fail. Short: a command that drains the disks waits as
 /// long, and the whole machine with it.
@@ -92,7 +92,13 @@ impl Qemu {
         let word = |key: &str| found[key].as_str().unwrap_or_default();
         if word("status") == "concluded" {
             let reason = found["error"].as_str().unwrap_or("it ended").to_owned();
-            return Ok(Some(Job { state: MirrorState::Failed { reason }, concluded: true }));
+            let side = self.faults.lock().unwrap_or_else(PoisonError::into_inner).get(&name).copied();
+            let cause = match (side, found["error"].is_null()) {
+                (_, true) => Cause::Cancelled,
+                (Some(side), _) => Cause::Side(side),
+                (None, _) => Cause::Unknown,
+            };
+            return Ok(Some(Job { state: MirrorState::Failed { cause, reason }, concluded: true }));
         }
         let doing = match (flag("paused"), word("io-status")) {
             (true, status @ ("failed" | "nospace")) => Copying::Stalled {
@@ -237,7 +243,7 @@ impl Qemu {
                 let ended = self.ended(disk, "block-job-complete").await?;
                 if !self.device(disk).await?.0 {
                     let reason = match ended {
-                        Some(MirrorState::Failed { reason }) => reason,
+                        Some(MirrorState::Failed { reason, .. }) => reason,
                         _ => "the job has ended".to_owned(),
                     };
                     return Err(MirrorError::PivotFailed { disk, reason });

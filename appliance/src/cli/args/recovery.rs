@@ -92,8 +92,9 @@ pub struct Rehydrate {
     /// Where to: a file, a block device, or an nbd:// or nbd+unix:// URI; DISK=TARGET for each of several disks
     #[arg(long = "to", num_args = 1.., value_name = "[DISK=]TARGET", required_unless_present_any = ["pause", "resume", "cancel"])]
     pub to: Vec<String>,
-    /// mirror: the VM's QEMU copies, also to qcow2, and Lifeboat is out of the way after the cutover; stream: Lifeboat
-    /// copies, whoever uses the disks [default: mirror for a running VM whose disks nobody else uses, else stream]
+    /// mirror: the VM's QEMU (of a domain: libvirt) copies, also to qcow2, and Lifeboat is out of the way after the
+    /// cutover; stream: Lifeboat copies, whoever uses the disks [default: mirror for a running VM or domain whose disks
+    /// nobody else uses, else stream]
     #[arg(long, value_parser = ["mirror", "stream"])]
     pub mode: Option<String>,
     /// `raw` or `qcow2` [default: by the target's ending, else raw]

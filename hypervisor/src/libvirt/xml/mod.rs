@@ -72,9 +72,14 @@ fn is_source(disk: &Element, wanted: &DiskSource) -> bool {
     disk.attribute("type") == Some(kind) && has(found, &wanted) && host
 }
 
-/// What a disk is copied to, as a block copy takes it.
-pub fn copy_target(source: &DiskSource) -> String {
-    let (kind, format, source) = source_element(source, None);
+/// What a disk of `size` bytes is copied to, as a block copy takes it.
+pub fn copy_target(target: &DiskSource, size: u64) -> String {
+    let (kind, format, mut source) = source_element(target, None);
+    if !matches!(target, DiskSource::Raw(_) | DiskSource::Qcow2(_)) {
+        // It may be larger, and the guest's disk must not grow when it moves.
+        let slice = Element::new("slice").with("type", "storage").with("offset", "0").with("size", size.to_string());
+        source = source.holding(Element::new("slices").holding(slice));
+    }
     let driver = Element::new("driver").with("name", "qemu").with("type", format);
     Element::new("disk").with("type", kind).holding(source).holding(driver).to_xml()
 }

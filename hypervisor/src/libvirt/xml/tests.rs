@@ -255,7 +255,7 @@ fn a_created_domain_is_what_its_definition_says() {
     assert_eq!(domain.at(&["os", "nvram"]).map(Element::text).as_deref(), Some("/r/vars"));
     assert_eq!(devices(&domain, "interface").len(), 1);
     assert_eq!(
-        copy_target(&DiskSource::Raw("/x".into())),
+        copy_target(&DiskSource::Raw("/x".into()), 4096),
         "<disk type='file'>\n  <source file='/x'/>\n  <driver name='qemu' type='raw'/>\n</disk>\n"
     );
 }
