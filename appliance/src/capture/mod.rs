@@ -1,7 +1,7 @@
 //! Backup: opens the sources of a machine's disks and stores them as one recovery point.
 
 mod libvirt;
-mod ova;
+pub mod ova;
 mod source;
 
 use std::collections::{BTreeMap, HashSet};

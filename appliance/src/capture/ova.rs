@@ -31,15 +31,19 @@ pub fn is_ova(location: &str) -> bool {
     Path::new(location).extension().is_some_and(|ending| ending.eq_ignore_ascii_case("ova"))
 }
 
-/// Opens the disks of the OVA at `path`, in the order of its description.
-pub fn open(path: &Path) -> Result<Vec<Box<dyn Source>>, Problem> {
+/// The images of the disks of the OVA at `path`, in the order of its description.
+pub fn images(path: &Path) -> Result<Vec<Member>, Problem> {
     let title = || format!("cannot back up the disks of {}", path.display());
     let file = File::open(path).map_err(|error| Problem::failed(title(), &error))?;
-    let refused = |reason: String| Problem::usage(format!("{}: {reason}", title()));
-    let disks = disks(&file).map_err(|error| match error {
+    disks(&file).map_err(|error| match error {
         OvaError::Io(error) => Problem::failed(title(), &error),
-        OvaError::Refused(reason) => refused(reason),
-    })?;
+        OvaError::Refused(reason) => Problem::usage(format!("{}: {reason}", title())),
+    })
+}
+
+/// Opens the disks of the OVA at `path`, in the order of its description.
+pub fn open(path: &Path) -> Result<Vec<Box<dyn Source>>, Problem> {
+    let disks = images(path)?;
     let mut sources: Vec<Box<dyn Source>> = Vec::with_capacity(disks.len());
     for disk in disks {
         // QEMU's words: a slice of the file, without the parent that the image may name.
@@ -52,7 +56,7 @@ pub fn open(path: &Path) -> Result<Vec<Box<dyn Source>>, Problem> {
             },
         });
         let source = qemu_nbd::open_graph("vmdk", &graph)
-            .map_err(|error| Problem::failed(format!("{}: {}", title(), disk.name), &error))?;
+            .map_err(|error| Problem::failed(format!("cannot back up {} of {}", disk.name, path.display()), &error))?;
         sources.push(Box::new(source));
     }
     Ok(sources)
@@ -76,10 +80,13 @@ fn refuse<T>(reason: impl Into<String>) -> Result<T, OvaError> {
 
 /// A file inside the OVA.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Member {
-    name: String,
-    offset: u64,
-    size: u64,
+pub struct Member {
+    /// Its name.
+    pub name: String,
+    /// Where it begins in the OVA.
+    pub offset: u64,
+    /// In bytes.
+    pub size: u64,
 }
 
 fn disks(file: &File) -> Result<Vec<Member>, OvaError> {

@@ -11,6 +11,7 @@ mod ext;
 mod fat;
 mod iso;
 mod ntfs;
+mod remembered;
 #[cfg(test)]
 pub(crate) mod test_support;
 mod time;
@@ -23,6 +24,7 @@ pub use error::FsError;
 pub(crate) use fat::Geometry as FatGeometry;
 pub use walk::{Located, Walk, WalkStep, find_path};
 
+use self::remembered::fold;
 use crate::volume::Kind;
 use crate::{Cached, DiskImage, SharedDisk};
 
@@ -153,7 +155,7 @@ pub trait FileSystem: Send + Sync {
 
     /// The object that a directory calls `name`.
     fn lookup(&self, dir: NodeId, name: &[u8]) -> Result<Option<NodeId>, FsError> {
-        let folded = self.ignores_case().then(|| String::from_utf8_lossy(name).to_lowercase());
+        let folded = self.ignores_case().then(|| fold(name));
         let mut cursor = 0;
         let mut similar = None;
         loop {
@@ -164,11 +166,7 @@ pub trait FileSystem: Send + Sync {
                 if entry.name == name {
                     return Ok(Some(entry.id));
                 }
-                if similar.is_none()
-                    && folded
-                        .as_ref()
-                        .is_some_and(|folded| String::from_utf8_lossy(&entry.name).to_lowercase() == *folded)
-                {
+                if similar.is_none() && folded.as_ref().is_some_and(|folded| fold(&entry.name) == *folded) {
                     similar = Some(entry.id);
                 }
             }
@@ -184,16 +182,19 @@ pub trait FileSystem: Send + Sync {
 /// Opens the file system of this kind on a volume.
 pub fn open(kind: Kind, volume: SharedDisk) -> Result<Box<dyn FileSystem>, FsError> {
     let volume: SharedDisk = Arc::new(Cached::new(volume));
-    match kind {
-        Kind::Ext => Ok(Box::new(ext::Ext::open(volume)?)),
-        Kind::Fat => Ok(Box::new(fat::Fat::open(volume)?)),
-        Kind::ExFat => Ok(Box::new(exfat::ExFat::open(volume)?)),
-        Kind::Ntfs => Ok(Box::new(ntfs::Ntfs::open(volume)?)),
-        Kind::Iso => Ok(Box::new(iso::Iso::open(volume)?)),
-        Kind::Xfs => Ok(Box::new(xfs::Xfs::open(volume)?)),
-        Kind::Btrfs => Ok(Box::new(btrfs::Btrfs::open(volume)?)),
-        other => Err(FsError::Unsupported { object: format!("a volume with {other}"), reason: other.why_not() }),
-    }
+    let fs: Box<dyn FileSystem> = match kind {
+        Kind::Ext => Box::new(ext::Ext::open(volume)?),
+        Kind::Fat => Box::new(fat::Fat::open(volume)?),
+        Kind::ExFat => Box::new(exfat::ExFat::open(volume)?),
+        Kind::Ntfs => Box::new(ntfs::Ntfs::open(volume)?),
+        Kind::Iso => Box::new(iso::Iso::open(volume)?),
+        Kind::Xfs => Box::new(xfs::Xfs::open(volume)?),
+        Kind::Btrfs => Box::new(btrfs::Btrfs::open(volume)?),
+        other => {
+            return Err(FsError::Unsupported { object: format!("a volume with {other}"), reason: other.why_not() });
+        }
+    };
+    Ok(Box::new(remembered::Remembered::new(fs)))
 }
 
 /// Reads a range that must lie inside the volume.

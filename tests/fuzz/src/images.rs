@@ -50,6 +50,43 @@ pub(crate) fn run(data: &[u8]) {
     }
 }
 
+/// An OVA: a tar file of strangers with a description in XML.
+pub(crate) fn ova(data: &[u8]) {
+    static DIR: OnceLock<TempDir> = OnceLock::new();
+    let path = DIR.get_or_init(|| memory_dir("ova")).path().join(format!("{:?}.ova", std::thread::current().id()));
+    std::fs::write(&path, data).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    for image in lifeboat::capture::ova::images(&path).unwrap_or_default() {
+        let end = image.offset.checked_add(image.size);
+        assert!(end.is_some_and(|end| end <= data.len() as u64), "{image:?} in {} bytes", data.len());
+    }
+}
+
+pub(crate) fn ova_seeds() -> Vec<Vec<u8>> {
+    let description = "<Envelope xmlns='http://schemas.dmtf.org/ovf/envelope/1' \
+        xmlns:ovf='http://schemas.dmtf.org/ovf/envelope/1'><References><File ovf:href='a.vmdk' ovf:id='f'/></References>\
+        <DiskSection><Disk ovf:diskId='d' ovf:fileRef='f'/></DiskSection></Envelope>";
+    let mut image = vec![0; 1024];
+    image[..4].copy_from_slice(b"KDMV");
+    image[12] = 1;
+    let mut seed = Vec::new();
+    for (name, bytes) in [("vm.ovf", description.as_bytes()), ("a.vmdk", &image[..])] {
+        let mut header = [0; 512];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[100..108].copy_from_slice(b"0000644\0");
+        header[124..136].copy_from_slice(format!("{:011o}\0", bytes.len()).as_bytes());
+        header[156] = b'0';
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        seed.extend(header);
+        seed.extend(bytes);
+        seed.resize(seed.len().next_multiple_of(512), 0);
+    }
+    seed.resize(seed.len() + 1024, 0);
+    vec![seed]
+}
+
 /// A small qcow2 of the given version with clusters of 512 bytes: a piece of data, one that is compressed or zero, and a
 /// hole.
 fn qcow2(version: u32) -> Vec<u8> {

@@ -51,6 +51,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "nbd-replies", run: nbd::client::replies, seeds: nbd::client::replies_seeds },
     Target { name: "nbd-uri", run: nbd::uri, seeds: nbd::uri_seeds },
     Target { name: "image", run: images::run, seeds: images::seeds },
+    Target { name: "ova", run: images::ova, seeds: images::ova_seeds },
     Target { name: "volumes", run: volumes::run, seeds: volumes::seeds },
     Target { name: "tables", run: disks::tables::run, seeds: disks::tables::seeds },
     Target { name: "lvm", run: disks::lvm::run, seeds: disks::lvm::seeds },
