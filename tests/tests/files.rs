@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use lifeboat_tests::{Sandbox, noise};
+use lifeboat_tests::{Sandbox, noise, wait_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -158,6 +158,22 @@ fn a_tree_is_copied_as_it_is() {
 }
 
 #[test]
+fn a_long_stream_of_ntfs_becomes_a_file_beside_its_own() {
+    let sandbox = Sandbox::with_repository();
+    let (image, short, long) = (sandbox.path("ntfs.raw"), sandbox.path("short"), sandbox.path("long"));
+    fs::File::create(&image).unwrap().set_len(8 * MIB).unwrap();
+    fs::write(&short, "a report\n").unwrap();
+    fs::write(&long, noise(4, 200_000)).unwrap();
+    run(Command::new("mkntfs").args(["-q", "-F", "-f"]).arg(&image));
+    run(Command::new("ntfscp").arg("-q").arg(&image).arg(&short).arg("report"));
+    run(Command::new("ntfscp").args(["-q", "-N", "picture"]).arg(&image).arg(&long).arg("report"));
+    sandbox.ok(&["backup", "win", &sandbox.name("ntfs.raw")]);
+    sandbox.ok(&["cp", "win:disk0:whole:/", &sandbox.name("out")]);
+    assert_eq!(fs::read(sandbox.path("out/report")).unwrap(), b"a report\n");
+    assert_eq!(fs::read(sandbox.path("out/report:picture")).unwrap(), noise(4, 200_000));
+}
+
+#[test]
 fn a_tar_stream_is_read_by_tar() {
     let sandbox = with_point();
     let mut copy = sandbox.command(&["cp", "--tar", "web01:disk0:p2:/etc", "web01:disk0:p2:/sparse"]);
@@ -186,6 +202,44 @@ fn the_present_files_of_a_recovery_are_read() {
     sandbox.ok(&["cp", "web01:disk0:p2:/etc/hostname", &sandbox.name("then")]);
     assert_eq!(fs::read(sandbox.path("now")).unwrap(), b"AAAAAA");
     assert_eq!(fs::read(sandbox.path("then")).unwrap(), b"web01\n");
+    sandbox.ok(&["discard", "web01"]);
+}
+
+#[test]
+fn the_present_files_of_a_recovery_are_shown_in_a_folder() {
+    let sandbox = with_point();
+    let recovery = sandbox.json(&["recover", "web01", "--on", "none"]);
+    let uri = recovery["disks"][0]["nbd_uri"].as_str().unwrap().to_owned();
+    let dir = sandbox.path("mount");
+    fs::create_dir(&dir).unwrap();
+    assert!(sandbox.fails(4, &["mount", "--from", "nobody", &sandbox.name("mount")]).contains("nobody"));
+    let mut running = sandbox.start(&["mount", "--from", "web01", &sandbox.name("mount")]);
+    assert!(running.line().contains("mounted on"));
+    let root = dir.join("disk0/p2");
+    assert_same_tree(&sandbox.path("tree"), &root);
+    // The whole partition changes below the folder: another file system takes the place of the first.
+    let (tree, image) = (sandbox.path("other"), sandbox.path("other.img"));
+    fs::create_dir_all(tree.join("etc")).unwrap();
+    fs::write(tree.join("etc/hostname"), "another machine, with a longer name\n").unwrap();
+    fs::write(tree.join("etc/fresh"), noise(3, 100_000)).unwrap();
+    run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(&tree).arg(&image).arg("64M"));
+    let open = fs::File::open(root.join("etc/deep/er/noise")).unwrap();
+    let write = "h.connect_uri(uri); data = open(image, 'rb').read(); \
+                 [h.pwrite(data[at:at + 1048576], 65 * 1048576 + at) for at in range(0, len(data), 1048576)]; h.flush()";
+    let script = format!("uri, image = {uri:?}, {:?}; {write}", sandbox.name("other.img"));
+    run(Command::new("/usr/bin/python3").args(["-c", &format!("import nbd; h = nbd.NBD(); {script}")]));
+    wait_until("the folder shows what was written", || {
+        fs::read(root.join("etc/fresh")).ok() == Some(noise(3, 100_000))
+    });
+    wait_until("what is gone is not shown", || !root.join("etc/hosts").exists());
+    assert_same_tree(&tree, &root);
+    assert_eq!(fs::read(sandbox.path("tree/etc/hostname")).unwrap(), b"web01\n");
+    drop(open);
+    // The point itself is as it was, also while its recovery is looked at.
+    sandbox.ok(&["cp", "web01:disk0:p2:/etc/hostname", &sandbox.name("then")]);
+    assert_eq!(fs::read(sandbox.path("then")).unwrap(), b"web01\n");
+    assert!(running.stop().success());
+    assert!(!dir.join("disk0").exists(), "it is unmounted");
     sandbox.ok(&["discard", "web01"]);
 }
 

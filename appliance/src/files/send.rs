@@ -252,7 +252,10 @@ impl Sender<'_> {
         };
         let (major, minor) = node.device;
         let entry = match node.kind {
-            FileType::File => return self.file(fs, path, node, &xattrs),
+            FileType::File => {
+                self.file(fs, path, node, &xattrs)?;
+                return self.streams(fs, path, node);
+            }
             FileType::Directory => Entry::Directory,
             FileType::Fifo => Entry::Fifo,
             FileType::CharDevice => Entry::CharDevice(major, minor),
@@ -270,7 +273,8 @@ impl Sender<'_> {
             },
         };
         self.remember(path, node);
-        self.write(&tar::header(path, entry, node, &xattrs))
+        self.write(&tar::header(path, entry, node, &xattrs))?;
+        if node.kind == FileType::Directory { self.streams(fs, path, node) } else { Ok(()) }
     }
 
     fn remember(&mut self, path: &[u8], node: &Node) {
@@ -286,16 +290,49 @@ impl Sender<'_> {
         node: &Node,
         xattrs: &[(Vec<u8>, Vec<u8>)],
     ) -> Result<(), Gone> {
-        let opened = fs.open(node.id).and_then(|content| {
-            let pieces =
-                pieces(content.as_ref()).map_err(|source| FsError::Io { object: "its extents".to_owned(), source })?;
-            Ok((content, pieces))
-        });
-        let (content, pieces) = match opened {
-            Ok(opened) => opened,
-            Err(error) => return self.problem(path, chain(&error), false),
+        match fs.open(node.id) {
+            Ok(content) => {
+                self.remember(path, node);
+                self.content(content.as_ref(), path, node, xattrs)
+            }
+            Err(error) => self.problem(path, chain(&error), false),
+        }
+    }
+
+    /// Streams that are too long to be extended attributes become files of their own, beside the object's.
+    fn streams(&mut self, fs: &dyn FileSystem, path: &[u8], node: &Node) -> Result<(), Gone> {
+        let streams = match fs.streams(node.id) {
+            Ok(streams) => streams,
+            Err(error) => {
+                return self.problem(path, format!("its streams are left out: {}", chain(&error)), false);
+            }
         };
-        self.remember(path, node);
+        for (name, content) in streams {
+            let above = path.iter().rposition(|byte| *byte == b'/').map_or(0, |slash| slash + 1);
+            let (folder, own) = path.split_at(above);
+            let beside = [folder, &safe_name(&[own, b":", &name].concat())].concat();
+            let (object, beside_shown) = (String::from_utf8_lossy(path), String::from_utf8_lossy(&beside));
+            let text = format!("a stream of {object} is written as {beside_shown}");
+            self.remark(&Remark::Notice(text))?;
+            self.content(content.as_ref(), &beside, &Node { kind: FileType::File, ..node.clone() }, &[])?;
+        }
+        Ok(())
+    }
+
+    fn content(
+        &mut self,
+        content: &dyn DiskImage,
+        path: &[u8],
+        node: &Node,
+        xattrs: &[(Vec<u8>, Vec<u8>)],
+    ) -> Result<(), Gone> {
+        let pieces = match pieces(content) {
+            Ok(pieces) => pieces,
+            Err(source) => {
+                let error = FsError::Io { object: "its extents".to_owned(), source };
+                return self.problem(path, chain(&error), false);
+            }
+        };
         let size = content.size();
         let whole = pieces.iter().map(|(_, length)| length).sum::<u64>() == size;
         let mut length = size;
@@ -310,7 +347,7 @@ impl Sender<'_> {
         }
         let mut failure = None;
         for (offset, length) in pieces {
-            self.piece(content.as_ref(), offset, length, &mut failure)?;
+            self.piece(content, offset, length, &mut failure)?;
         }
         let rest = length.next_multiple_of(tar::BLOCK) - length;
         self.write(&vec![0; usize::try_from(rest).unwrap_or(0)])?;

@@ -123,6 +123,9 @@ pub struct DirEntry {
 /// An extended attribute: its name with its namespace, and its value as Linux gives it.
 pub type Xattr = (Vec<u8>, Vec<u8>);
 
+/// Content that an object has beside its own, with its name.
+pub type Stream = (Vec<u8>, Box<dyn DiskImage>);
+
 /// A file system that is read.
 pub trait FileSystem: Send + Sync {
     /// The root directory.
@@ -145,6 +148,11 @@ pub trait FileSystem: Send + Sync {
 
     /// Extended attributes.
     fn xattrs(&self, _id: NodeId) -> Result<Vec<Xattr>, FsError> {
+        Ok(Vec::new())
+    }
+
+    /// Streams that are too long to be extended attributes.
+    fn streams(&self, _id: NodeId) -> Result<Vec<Stream>, FsError> {
         Ok(Vec::new())
     }
 

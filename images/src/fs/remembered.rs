@@ -7,7 +7,7 @@ use std::sync::Arc;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
-use super::{DirEntry, FileSystem, FsError, Node, NodeId, Xattr};
+use super::{DirEntry, FileSystem, FsError, Node, NodeId, Stream, Xattr};
 use crate::DiskImage;
 
 /// Bytes of names kept, with what they cost beside them. A directory with more is searched from its beginning each time.
@@ -97,6 +97,10 @@ impl FileSystem for Remembered {
 
     fn xattrs(&self, id: NodeId) -> Result<Vec<Xattr>, FsError> {
         self.fs.xattrs(id)
+    }
+
+    fn streams(&self, id: NodeId) -> Result<Vec<Stream>, FsError> {
+        self.fs.streams(id)
     }
 
     fn ignores_case(&self) -> bool {

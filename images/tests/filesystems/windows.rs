@@ -31,6 +31,7 @@ fn ntfs_reads_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     let (tree, image, mount) = (dir.path().join("tree"), dir.path().join("image"), dir.path().join("mount"));
     fs::create_dir(&tree).unwrap();
+    let mut acls = Vec::new();
     let able = Able { links: true, hard_links: true, holes: true, time: 1000, ..ABLE };
     make_tree(&tree, Able { links: false, ..able });
     run(Command::new("truncate").args(["-s", "96M"]).arg(&image));
@@ -61,9 +62,21 @@ fn ntfs_reads_byte_for_byte() {
                 .arg(mount.join("packed").join(name))
                 .arg(tree.join("packed")));
         }
+        for name in ["one", "etc"] {
+            let raw = ["-e", "hex", "--only-values", "-n", "system.ntfs_acl"];
+            acls.push(Command::new("getfattr").args(raw).arg(mount.join(name)).output().unwrap().stdout);
+        }
         for name in ["", "packed"] {
             run(Command::new("touch").arg("-r").arg(mount.join(name)).arg(tree.join(name)));
         }
+    }
+    wait_for_end("ntfs-3g", &mount);
+    {
+        let mut driver = Command::new("ntfs-3g");
+        let mounted = Mounted::new(&mount, driver.args(["-o", "streams_interface=windows"]).arg(&image).arg(&mount));
+        let times = mounted.0.join("etc/hostname");
+        fs::write(mounted.0.join("etc/hostname:a long stream"), noise(10, 300_000)).unwrap();
+        run(Command::new("touch").arg("-r").arg(tree.join("etc/hostname")).arg(times));
     }
     wait_for_end("ntfs-3g", &mount);
     let volume = volume(&image, "whole");
@@ -72,7 +85,22 @@ fn ntfs_reads_byte_for_byte() {
     let fs = open(&volume);
     assert_same(fs.as_ref(), &tree, Able { holes: false, ..able }, &[]);
     let (_, one) = find_path(fs.as_ref(), b"/ONE").unwrap();
-    assert_eq!(fs.xattrs(one.id).unwrap(), [(b"user.Zone.Identifier".to_vec(), b"[ZoneTransfer]".to_vec())]);
+    assert_eq!(
+        fs.xattrs(one.id).unwrap(),
+        [
+            (b"user.Zone.Identifier".to_vec(), b"[ZoneTransfer]".to_vec()),
+            (b"system.ntfs_acl".to_vec(), acls[0].clone())
+        ]
+    );
+    let (_, etc) = find_path(fs.as_ref(), b"/etc").unwrap();
+    assert_eq!(fs.xattrs(etc.id).unwrap(), [(b"system.ntfs_acl".to_vec(), acls[1].clone())]);
+    assert!(fs.streams(one.id).unwrap().is_empty(), "what is short is an attribute");
+    let (_, hostname) = find_path(fs.as_ref(), b"/etc/hostname").unwrap();
+    let streams = fs.streams(hostname.id).unwrap();
+    assert_eq!((streams.len(), streams[0].0.as_slice(), streams[0].1.size()), (1, &b"a long stream"[..], 300_000));
+    let mut content = vec![0; 300_000];
+    streams[0].1.read_at(0, &mut content).unwrap();
+    assert!(content == noise(10, 300_000), "the stream differs");
     let compressed = run(Command::new("ntfsinfo").args(["-F", "packed/text"]).arg(&image));
     assert!(compressed.contains("COMPRESSED"), "{compressed}");
 }

@@ -45,6 +45,7 @@ pub fn extract(receiver: mpsc::Receiver<Bytes>, target: &Target, existing: Exist
         existing,
         owner: rustix::process::geteuid().is_root(),
         outcome: Outcome::default(),
+        told_of_acls: false,
         folders: Vec::new(),
         last: None,
         whole: false,
@@ -94,6 +95,7 @@ struct Extract<'a> {
     existing: Existing,
     owner: bool,
     outcome: Outcome,
+    told_of_acls: bool,
     folders: Vec<(Vec<u8>, Member)>,
     last: Option<Waiting>,
     whole: bool,
@@ -272,6 +274,15 @@ impl Extract<'_> {
 
     fn refused(&mut self, member: &Member, refused: Option<(&Vec<u8>, Errno)>) {
         let Some((name, error)) = refused else { return };
+        // Every file of an NTFS has it, and only a driver of NTFS takes it.
+        if name == b"system.ntfs_acl" {
+            if !std::mem::replace(&mut self.told_of_acls, true) {
+                let text =
+                    format!("owners and access rights of Windows are left out: {error}; a tar stream keeps them");
+                self.outcome.notices.push(text);
+            }
+            return;
+        }
         let text = format!(
             "{}: its extended attribute {} is left out: {error}",
             String::from_utf8_lossy(&member.path),

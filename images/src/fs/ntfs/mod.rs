@@ -10,12 +10,14 @@ mod index;
 mod record;
 mod reparse;
 mod runs;
+mod security;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use self::attribute::{Attribute, Value};
 use self::record::{Boot, Record};
-use super::{DirEntry, FileSystem, FileType, FsError, Node, NodeId, Timestamp, Xattr, read_vec};
+use self::security::Descriptors;
+use super::{DirEntry, FileSystem, FileType, FsError, Node, NodeId, Stream, Timestamp, Xattr, read_vec};
 use crate::bytes::{le, size, u8};
 use crate::mapped::Inline;
 use crate::{DiskImage, SharedDisk};
@@ -38,10 +40,13 @@ mod kind {
     pub const STANDARD: u32 = 0x10;
     pub const LIST: u32 = 0x20;
     pub const FILE_NAME: u32 = 0x30;
+    pub const SECURITY: u32 = 0x50;
     pub const VOLUME_INFORMATION: u32 = 0x70;
     pub const DATA: u32 = 0x80;
     pub const REPARSE: u32 = 0xc0;
 }
+/// The stream in which Windows keeps what its overlay filter has compressed.
+const COMPACT: &str = "WofCompressedData";
 /// The attribute `$STANDARD_INFORMATION`.
 const READ_ONLY: u32 = 0x1;
 /// The name space of short names, which are no names of their own.
@@ -52,6 +57,8 @@ pub(super) struct Ntfs {
     disk: SharedDisk,
     boot: Boot,
     table: Arc<dyn DiskImage>,
+    /// Read when the first is asked for; nothing where they cannot be read.
+    descriptors: OnceLock<Option<Descriptors>>,
     notices: Vec<String>,
 }
 
@@ -65,6 +72,15 @@ struct Object {
 impl Object {
     fn find(&self, kind: u32) -> Option<&Attribute> {
         self.attributes.iter().find(|attribute| attribute.kind == kind && attribute.name.is_empty())
+    }
+
+    /// The names of its alternate streams of such lengths.
+    fn streams(&self, wanted: impl Fn(u64) -> bool) -> impl Iterator<Item = &str> {
+        let streams = self
+            .attributes
+            .iter()
+            .filter(|attribute| attribute.kind == kind::DATA && !attribute.name.is_empty() && attribute.first == 0);
+        streams.filter(move |attribute| wanted(attribute.length())).map(|attribute| attribute.name.as_str())
     }
 
     fn resident(&self, kind: u32) -> &[u8] {
@@ -82,7 +98,8 @@ impl Ntfs {
         let first = Record::read(disk.as_ref(), &boot, NodeId(0), boot.table_offset)?;
         let parts: Vec<Attribute> = first.attributes()?.into_iter().filter(|at| at.kind == kind::DATA).collect();
         let beginning = runs::content(&disk, &boot, NodeId(0), &parts.iter().collect::<Vec<_>>())?;
-        let mut fs = Ntfs { disk, boot, table: Arc::from(beginning), notices: Vec::new() };
+        let mut fs =
+            Ntfs { disk, boot, table: Arc::from(beginning), descriptors: OnceLock::new(), notices: Vec::new() };
         if first.attributes()?.iter().any(|attribute| attribute.kind == kind::LIST) {
             let whole = fs.object(NodeId(0))?;
             fs.table = Arc::from(
@@ -110,6 +127,24 @@ impl Ntfs {
             return Err(FsError::damaged(&id, "it was deleted, and its record is used by another"));
         }
         Ok(record)
+    }
+
+    /// The security descriptor of an object: its own, or by number one that several have.
+    fn descriptor(&self, object: &Object) -> Result<Option<Vec<u8>>, FsError> {
+        if let Some(own) = self.stream(object, kind::SECURITY, "")? {
+            return read_vec(own.as_ref(), &object.id, 0, size(own.size().min(STREAM_MAX))).map(Some);
+        }
+        let standard = object.resident(kind::STANDARD);
+        // Versions before 3 have shorter information, and no number.
+        let number = le::u32(standard, 52);
+        if number == 0 {
+            return Ok(None);
+        }
+        let descriptors = self.descriptors.get_or_init(|| {
+            let stream = self.stream(&self.object(security::RECORD).ok()?, kind::DATA, security::STREAM).ok()??;
+            Descriptors::read(stream).ok()
+        });
+        descriptors.as_ref().map_or(Ok(None), |descriptors| descriptors.find(number))
     }
 
     /// The object with this base record. A list of attributes names the other records that have some of them.
@@ -242,18 +277,28 @@ impl FileSystem for Ntfs {
         }
     }
 
-    /// Alternate data streams, as ntfs-3g gives them.
+    /// Alternate data streams and the security descriptor, as ntfs-3g gives them.
     fn xattrs(&self, id: NodeId) -> Result<Vec<Xattr>, FsError> {
         let object = self.object(id)?;
         let mut found: Vec<Xattr> = Vec::new();
-        for attribute in &object.attributes {
-            let stream = attribute.kind == kind::DATA && !attribute.name.is_empty() && attribute.first == 0;
-            if !stream || attribute.length() > STREAM_MAX {
-                continue;
-            }
-            if let Some(content) = self.stream(&object, kind::DATA, &attribute.name)? {
+        for name in object.streams(|length| length <= STREAM_MAX) {
+            if let Some(content) = self.stream(&object, kind::DATA, name)? {
                 let value = read_vec(content.as_ref(), &id, 0, size(content.size().min(STREAM_MAX)))?;
-                found.push((format!("user.{}", attribute.name).into_bytes(), value));
+                found.push((format!("user.{name}").into_bytes(), value));
+            }
+        }
+        if let Some(descriptor) = self.descriptor(&object)? {
+            found.push((b"system.ntfs_acl".to_vec(), descriptor));
+        }
+        Ok(found)
+    }
+
+    fn streams(&self, id: NodeId) -> Result<Vec<Stream>, FsError> {
+        let object = self.object(id)?;
+        let mut found: Vec<Stream> = Vec::new();
+        for name in object.streams(|length| length > STREAM_MAX).filter(|name| *name != COMPACT) {
+            if let Some(content) = self.stream(&object, kind::DATA, name)? {
+                found.push((name.as_bytes().to_vec(), content));
             }
         }
         Ok(found)
