@@ -1,5 +1,6 @@
 //! A file, or a part of a disk, as a list of runs: where each piece of it lies on the disk below.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 
@@ -48,6 +49,42 @@ impl Runs {
             _ => self.0.push(Run { start, length, offset }),
         }
         Ok(())
+    }
+
+    /// With other places for some ranges, the later ones over the earlier: start, length, and where it lies now, or nothing
+    /// where it reads as zeroes.
+    pub(crate) fn moved(
+        self,
+        object: &dyn std::fmt::Display,
+        ranges: impl Iterator<Item = (u64, u64, Option<u64>)>,
+    ) -> Result<Runs, FsError> {
+        let mut pieces: BTreeMap<u64, (u64, u64)> =
+            self.0.into_iter().map(|run| (run.start, (run.length, run.offset))).collect();
+        for (start, length, place) in ranges {
+            let end = start.saturating_add(length);
+            let first = pieces.range(..start).next_back().map_or(start, |(first, _)| *first);
+            let touched: Vec<u64> = pieces.range(first..end).map(|(start, _)| *start).collect();
+            for at in touched {
+                let Some((held, offset)) = pieces.get(&at).copied().filter(|(held, _)| at + held > start) else {
+                    continue;
+                };
+                pieces.remove(&at);
+                if at < start {
+                    pieces.insert(at, (start - at, offset));
+                }
+                if at + held > end {
+                    pieces.insert(end, (at + held - end, offset + (end - at)));
+                }
+            }
+            if let Some(place) = place {
+                pieces.insert(start, (length, place));
+            }
+        }
+        let mut runs = Runs::default();
+        for (start, (length, offset)) in pieces {
+            runs.push(object, (start, length, offset))?;
+        }
+        Ok(runs)
     }
 
     /// Without what lies behind byte `end`, which then reads as zeroes.
@@ -170,6 +207,26 @@ mod tests {
 
     use super::*;
     use crate::fs::test_support::Memory;
+
+    #[test]
+    fn ranges_that_moved_lie_over_the_others() {
+        let mut runs = Runs::default();
+        for run in [(0, 10, 100), (20, 10, 200)] {
+            runs.push(&"file", run).unwrap();
+        }
+        let moved = [(5, 20, Some(300)), (22, 2, None), (28, 10, Some(50)), (7, 1, Some(7))];
+        let found: Vec<(u64, u64, u64)> = runs
+            .moved(&"file", moved.into_iter())
+            .unwrap()
+            .0
+            .iter()
+            .map(|run| (run.start, run.length, run.offset))
+            .collect();
+        assert_eq!(
+            found,
+            [(0, 5, 100), (5, 2, 300), (7, 1, 7), (8, 14, 303), (24, 1, 319), (25, 3, 205), (28, 10, 50)]
+        );
+    }
 
     #[test]
     fn holes_lie_between_runs() {

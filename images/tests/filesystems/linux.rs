@@ -287,6 +287,37 @@ fn change_and_sync(root: &Path) {
 }
 
 #[test]
+fn ext4_in_use_reads_with_its_fast_commits() {
+    if !kernel_has("ext4") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let [tree, image, at, taken] = ["tree", "image", "mount", "taken"].map(|name| dir.path().join(name));
+    fs::create_dir(&tree).unwrap();
+    make_tree(&tree, UNIX);
+    fs::create_dir(tree.join("within")).unwrap();
+    run(Command::new("truncate").args(["-s", "200M"]).arg(&image));
+    run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-O", "fast_commit", "-J", "size=16"]).arg(&image));
+    fs::create_dir(&at).unwrap();
+    {
+        let mounted = Mounted::new(&at, Command::new("mount").args(["-o", "loop,commit=300"]).arg(&image).arg(&at));
+        run(Command::new("cp").args(["-a", "--sparse=always", "--no-target-directory"]).arg(&tree).arg(&mounted.0));
+        run(Command::new("sync").arg("-f").arg(&mounted.0));
+        change_and_sync(&mounted.0);
+        fs::write(mounted.0.join("block"), noise(21, 30_000)).unwrap();
+        sync(&mounted.0.join("block"));
+        fs::rename(mounted.0.join("new"), mounted.0.join("etc/newest")).unwrap();
+        sync(&mounted.0.join("etc/newest"));
+        run(Command::new("cp").arg("--sparse=always").arg(&image).arg(&taken));
+    }
+    let ours = open(&volume(&taken, "whole"));
+    assert!(ours.notices()[0].contains("fast commit"), "{:?}", ours.notices());
+    let mounted = Mounted::new(&at, Command::new("mount").args(["-o", "loop"]).arg(&taken).arg(&at));
+    // The kernel gives directories that it replays names into the time of that.
+    assert_same(ours.as_ref(), &mounted.0, Able { time: 600_000_000_000, ..EXACT }, &[]);
+}
+
+#[test]
 fn btrfs_in_use_reads_with_its_log() {
     if !kernel_has("btrfs") {
         return;

@@ -1,6 +1,7 @@
 //! Directories. The index of a large one lies in blocks that look like empty ones to who reads them in order.
 
 use super::Ext;
+use super::fast::FastCommits;
 use super::inode::Inode;
 use crate::DiskImage;
 use crate::bytes::{le, part, size, u8};
@@ -45,6 +46,32 @@ pub(super) fn read(fs: &Ext, inode: &Inode, cursor: u64) -> Result<Vec<DirEntry>
         at = (at / PAGE + 1) * PAGE;
     }
     Ok(Vec::new())
+}
+
+/// Cursors from here on count the names that fast commits told.
+const TOLD: u64 = 1 << 62;
+
+/// The entries from a cursor with what fast commits told of the directory: the names that it had before come first, by
+/// `read`, without those that are told; then those that it has by now.
+pub(super) fn with_fast_commits(
+    fast: &FastCommits,
+    id: NodeId,
+    mut cursor: u64,
+    read: &mut dyn FnMut(u64) -> Result<Vec<DirEntry>, FsError>,
+) -> Result<Vec<DirEntry>, FsError> {
+    let told = fast.names(id.0);
+    while cursor < TOLD && !fast.has_created(id.0) {
+        let mut found = read(cursor)?;
+        let Some(last) = found.last().map(|entry| entry.next) else { break };
+        found.retain(|entry| told.is_none_or(|told| !told.contains_key(&entry.name)));
+        if !found.is_empty() || last <= cursor {
+            return Ok(found);
+        }
+        cursor = last;
+    }
+    let names = told.into_iter().flatten().filter_map(|(name, target)| Some((name, (*target)?)));
+    let entries = (TOLD..).zip(names).map(|(at, (name, id))| DirEntry { name: name.clone(), id, next: at + 1 });
+    Ok(entries.filter(|entry| entry.next > cursor).collect())
 }
 
 /// A directory in its inode: the parent's number, then entries in two areas.

@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 
 use super::Ext;
+use super::fast::{self, FastCommits};
 use crate::bytes::{be, part, size};
 use crate::fs::{FsError, NodeId, read};
 use crate::mapped::Mapped;
@@ -47,7 +48,6 @@ pub(super) struct Replayed {
     block_size: u64,
     blocks: BTreeMap<u64, Logged>,
     transactions: u32,
-    fast_commits: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -86,7 +86,7 @@ impl Layout {
 }
 
 /// Reads the journal of `fs`.
-pub(super) fn replay(fs: &Ext) -> Result<Replayed, FsError> {
+pub(super) fn replay(fs: &Ext) -> Result<(Replayed, FastCommits), FsError> {
     let object = "the journal";
     if fs.sb.journal == 0 {
         return Err(FsError::unsupported(&object, "it is on another disk"));
@@ -130,21 +130,27 @@ pub(super) fn replay(fs: &Ext) -> Result<Replayed, FsError> {
         block_size: layout.block_size,
         blocks: BTreeMap::new(),
         transactions: 0,
-        fast_commits,
     };
+    let mut fast = FastCommits::default();
     let start = be::u32(&head, 0x1c);
     if start != 0 {
         if !(layout.first..layout.end).contains(&start) {
             return Err(FsError::damaged(&object, "it begins outside of itself"));
         }
-        replayed.read_log(&layout, start, be::u32(&head, 0x18))?;
+        let next = replayed.read_log(&layout, start, be::u32(&head, 0x18))?;
+        if fast_commits {
+            // They begin a block behind the transactions' end.
+            let blocks = u64::from(layout.end) + 1..be::u32(&head, 0x10).min(BLOCKS_MAX).into();
+            fast = fast::read(&replayed.journal, blocks, layout.block_size, next)?;
+        }
     }
-    Ok(replayed)
+    Ok((replayed, fast))
 }
 
 impl Replayed {
     /// Transactions are taken in order, as far as they are complete; the first block that does not belong is the end.
-    fn read_log(&mut self, layout: &Layout, start: u32, first_sequence: u32) -> Result<(), FsError> {
+    /// Returns the number of the one that would come next.
+    fn read_log(&mut self, layout: &Layout, start: u32, first_sequence: u32) -> Result<u32, FsError> {
         let object = "the journal";
         let (mut at, mut sequence) = (start, first_sequence);
         let mut pending: Vec<(u64, Logged)> = Vec::new();
@@ -183,21 +189,17 @@ impl Replayed {
             *number < end
                 && revoked.get(number).is_none_or(|until| until.wrapping_sub(logged.sequence).cast_signed() < 0)
         });
-        Ok(())
+        Ok(sequence)
     }
 
     /// What a person should know.
-    pub(super) fn notice(&self) -> String {
-        let fast =
-            if self.fast_commits { "; the newest changes, made as fast commits, are not among them" } else { "" };
-        format!(
-            "the file system was in use: {} of its journal were replayed in memory{fast}",
-            if self.transactions == 1 {
-                "1 transaction".to_owned()
-            } else {
-                format!("{} transactions", self.transactions)
-            }
-        )
+    pub(super) fn notice(&self, fast: &FastCommits) -> String {
+        let counted = |count: u32, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+        let mut parts = counted(self.transactions, "transaction");
+        if fast.count > 0 {
+            parts = format!("{parts} and {}", counted(fast.count, "fast commit"));
+        }
+        format!("the file system was in use: {parts} of its journal were replayed in memory")
     }
 }
 

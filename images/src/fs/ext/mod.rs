@@ -4,6 +4,7 @@
 //! A journal that was not written back, as on every disk taken from a running machine, is replayed in memory.
 
 mod dir;
+mod fast;
 mod inode;
 mod journal;
 mod map;
@@ -12,6 +13,7 @@ mod xattr;
 
 use std::sync::Arc;
 
+use self::fast::FastCommits;
 use self::inode::Inode;
 use self::superblock::Superblock;
 use super::{DirEntry, FileSystem, FileType, FsError, Node, NodeId, Xattr, read, read_vec};
@@ -28,17 +30,19 @@ const LINK_MAX: u64 = 4096;
 pub(super) struct Ext {
     disk: SharedDisk,
     sb: Superblock,
+    fast: FastCommits,
     notices: Vec<String>,
 }
 
 impl Ext {
     pub(super) fn open(disk: SharedDisk) -> Result<Ext, FsError> {
         let sb = Superblock::read(disk.as_ref())?;
-        let mut fs = Ext { disk, sb, notices: Vec::new() };
+        let mut fs = Ext { disk, sb, fast: FastCommits::default(), notices: Vec::new() };
         if fs.sb.needs_recovery() {
             match journal::replay(&fs) {
-                Ok(replayed) => {
-                    fs.notices.push(replayed.notice());
+                Ok((replayed, fast)) => {
+                    fs.notices.push(replayed.notice(&fast));
+                    fs.fast = fast;
                     fs.disk = Arc::new(Cached::new(Arc::new(replayed)));
                     fs.sb = Superblock::read(fs.disk.as_ref())?;
                 }
@@ -74,7 +78,7 @@ impl Ext {
         let table = u64::from(le::u32(descriptor, 8)) | u64::from(high) << 32;
         let offset = self.block_offset(&id, table)? + u64::from(index) * self.sb.inode_size;
         let raw = read_vec(self.disk.as_ref(), &id, offset, size(self.sb.inode_size))?;
-        Inode::decode(id, raw)
+        Inode::decode(id, self.fast.inode(id.0, raw))
     }
 
     fn content(&self, inode: &Inode) -> Result<Box<dyn DiskImage>, FsError> {
@@ -89,7 +93,19 @@ impl Ext {
     }
 
     fn mapped(&self, inode: &Inode) -> Result<Mapped, FsError> {
-        let runs = if inode.has_extents() { map::extents(self, inode)? } else { map::blocks(self, inode)? };
+        let mut runs = if inode.has_extents() { map::extents(self, inode)? } else { map::blocks(self, inode)? };
+        let moved = self.fast.moved(inode.id.0);
+        if !moved.is_empty() {
+            let bits = self.sb.block_bits;
+            let inside = |count: u64, block: u64| block.saturating_add(count) <= self.sb.blocks;
+            if moved.iter().any(|(_, count, block)| block.is_some_and(|block| !inside(*count, block))) {
+                return Err(FsError::damaged(&inode.id, "a fast commit points outside of the file system"));
+            }
+            let bytes = moved
+                .iter()
+                .map(|(first, count, block)| (first << bits, count << bits, block.map(|block| block << bits)));
+            runs = runs.moved(&inode.id, bytes)?;
+        }
         Ok(runs.over(self.disk.clone(), inode.size))
     }
 
@@ -118,11 +134,13 @@ impl FileSystem for Ext {
         if inode.kind != FileType::Directory {
             return Err(FsError::NotADirectory { path: id.to_string() });
         }
-        if inode.is_inline() {
-            dir::inline(&inode, &self.inline(&inode)?, cursor)
-        } else {
-            dir::read(self, &inode, cursor)
-        }
+        dir::with_fast_commits(&self.fast, id, cursor, &mut |cursor| {
+            if inode.is_inline() {
+                dir::inline(&inode, &self.inline(&inode)?, cursor)
+            } else {
+                dir::read(self, &inode, cursor)
+            }
+        })
     }
 
     fn open(&self, id: NodeId) -> Result<Box<dyn DiskImage>, FsError> {
