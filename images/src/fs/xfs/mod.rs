@@ -42,7 +42,7 @@ impl Xfs {
                 fs.disk = disk;
             }
             Err(error) => fs.notices.push(format!(
-                "the file system was in use, and its log cannot be replayed ({error}): the newest changes are missing, and \
+                "the log cannot be replayed ({error}): if the file system was in use, its newest changes are missing, and \
                  what they touched may not be readable"
             )),
         }

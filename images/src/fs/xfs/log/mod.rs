@@ -36,7 +36,7 @@ pub(super) enum Log {
 pub(super) fn replay(fs: &Xfs) -> Result<Log, FsError> {
     let Some(ring) = Ring::open(fs)? else { return Ok(Log::Clean) };
     let Some(last) = ring.last()? else { return Ok(Log::Clean) };
-    if last.operations == 1 && u8(&ring.content(&last)?, 9) & UNMOUNT != 0 {
+    if last.operations == 1 && u8(&last.content(), 9) & UNMOUNT != 0 {
         return Ok(Log::Clean);
     }
     let mut apply = Apply::new(fs, Patched::new(fs.disk.clone()));
@@ -66,7 +66,7 @@ impl Ring<'_> {
         // Not more sectors than there are, however the records lead.
         let mut left = self.sectors;
         while let Some(record) = self.record(at, None)? {
-            transactions.add(&self.content(&record)?, record.order, record.operations, record.sequence, take)?;
+            transactions.add(&record.content(), record.order, record.operations, record.sequence, take)?;
             let length = record.sectors();
             if record.sequence == last.sequence || length > left {
                 break;

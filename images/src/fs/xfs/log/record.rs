@@ -49,12 +49,57 @@ pub(super) struct Record {
     at: u64,
     headers: u64,
     length: u64,
+    /// All its sectors, as they were written.
+    bytes: Vec<u8>,
 }
 
 impl Record {
     /// Sectors of header and content.
     pub(super) fn sectors(&self) -> u64 {
         self.headers + self.length.div_ceil(SECTOR)
+    }
+
+    fn parts(&self) -> (&[u8], &[u8]) {
+        self.bytes.split_at(size(self.headers * SECTOR).min(self.bytes.len()))
+    }
+
+    /// The content as it was before it was written.
+    pub(super) fn content(&self) -> Vec<u8> {
+        let (headers, content) = self.parts();
+        let mut content = content.to_vec();
+        for (index, sector) in content.chunks_exact_mut(512).enumerate() {
+            let (header, within) = (index / 64, index % 64);
+            let kept_at = if header == 0 { 44 } else { header * 512 + 4 } + 4 * within;
+            sector.iter_mut().zip(part(headers, kept_at, 4)).for_each(|(to, from)| *to = *from);
+        }
+        content.truncate(size(self.length));
+        content
+    }
+
+    /// Whether all of it was written: every sector tells its round, and from version 5 on there is a checksum. Behind the
+    /// end of a ring of `sectors` the next round begins.
+    fn is_whole(&self, round: u32, sectors: u64, version: u16) -> bool {
+        let (headers, content) = self.parts();
+        let round_of = |sector: u64| if sector < sectors { round } else { round.wrapping_add(1) };
+        let mut written = (self.at + self.headers..).zip(content.chunks_exact(512));
+        if !written.all(|(sector, bytes)| be::u32(bytes, 0) == round_of(sector)) {
+            return false;
+        }
+        let stored = le::u32(headers, 32);
+        // Version 4 has none, and a log may be older than its checksums.
+        if stored == 0 || version < 5 {
+            return true;
+        }
+        // The structure ends in four bytes of padding on 64-bit machines.
+        [328, 324].into_iter().any(|length| {
+            let mut sum = crc32c::crc32c(part(headers, 0, 32));
+            sum = crc32c::crc32c_append(sum, &[0; 4]);
+            sum = crc32c::crc32c_append(sum, part(headers, 36, length - 36));
+            for more in headers.chunks_exact(512).skip(1) {
+                sum = crc32c::crc32c_append(sum, part(more, 0, 260));
+            }
+            crc32c::crc32c_append(sum, part(content, 0, size(self.length))) == stored
+        })
     }
 }
 
@@ -141,7 +186,7 @@ impl Ring<'_> {
             2 => Order::Big,
             _ => return Err(FsError::unsupported(&OBJECT, "no Linux wrote it")),
         };
-        let record = Record {
+        let mut record = Record {
             sequence,
             tail: be::u64(&header, 24) & u64::from(u32::MAX),
             operations: be::u32(&header, 40),
@@ -149,6 +194,7 @@ impl Ring<'_> {
             at: sector,
             headers,
             length,
+            bytes: Vec::new(),
         };
         let sound = sequence == u64::from(round) << 32 | sector
             && length <= CONTENT_MAX
@@ -156,49 +202,10 @@ impl Ring<'_> {
             && length <= headers * KNOWN
             && record.tail < self.sectors
             && record.sectors() <= room.unwrap_or(self.sectors).min(self.sectors);
-        if !sound || !self.is_whole(&record, round)? {
+        if !sound {
             return Ok(None);
         }
-        Ok(Some(record))
-    }
-
-    /// Whether all of a record was written: every sector tells its round, and from version 5 on there is a checksum.
-    fn is_whole(&self, record: &Record, round: u32) -> Result<bool, FsError> {
-        let headers = self.read(record.at, size(record.headers * SECTOR))?;
-        let content = self.read(record.at + record.headers, size(record.length.next_multiple_of(SECTOR)))?;
-        // Behind the ring's end the next round begins.
-        let round_of = |sector: u64| if sector < self.sectors { round } else { round.wrapping_add(1) };
-        let mut sectors = (record.at + record.headers..).zip(content.chunks_exact(512));
-        if !sectors.all(|(sector, bytes)| be::u32(bytes, 0) == round_of(sector)) {
-            return Ok(false);
-        }
-        let stored = le::u32(&headers, 32);
-        // Version 4 has none, and a log may be older than its checksums.
-        if stored == 0 || self.fs.sb.version < 5 {
-            return Ok(true);
-        }
-        // The structure ends in four bytes of padding on 64-bit machines.
-        Ok([328, 324].into_iter().any(|length| {
-            let mut sum = crc32c::crc32c(part(&headers, 0, 32));
-            sum = crc32c::crc32c_append(sum, &[0; 4]);
-            sum = crc32c::crc32c_append(sum, part(&headers, 36, length - 36));
-            for more in headers.chunks_exact(512).skip(1) {
-                sum = crc32c::crc32c_append(sum, part(more, 0, 260));
-            }
-            crc32c::crc32c_append(sum, part(&content, 0, size(record.length))) == stored
-        }))
-    }
-
-    /// A record's content as it was before it was written.
-    pub(super) fn content(&self, record: &Record) -> Result<Vec<u8>, FsError> {
-        let headers = self.read(record.at, size(record.headers * SECTOR))?;
-        let mut content = self.read(record.at + record.headers, size(record.length.next_multiple_of(SECTOR)))?;
-        for (index, sector) in content.chunks_exact_mut(512).enumerate() {
-            let (header, within) = (index / 64, index % 64);
-            let kept_at = if header == 0 { 44 } else { header * 512 + 4 } + 4 * within;
-            sector.iter_mut().zip(part(&headers, kept_at, 4)).for_each(|(to, from)| *to = *from);
-        }
-        content.truncate(size(record.length));
-        Ok(content)
+        record.bytes = self.read(sector, size(record.sectors() * SECTOR))?;
+        Ok(record.is_whole(round, self.sectors, self.fs.sb.version).then_some(record))
     }
 }
