@@ -3,6 +3,7 @@
 mod console;
 mod data;
 mod doomed;
+mod foreign;
 mod guest;
 mod libvirtd;
 mod machine;
@@ -19,8 +20,9 @@ use std::time::{Duration, Instant};
 pub use console::{Console, number_after};
 pub use data::{assert_same_bytes, copy_sparse};
 pub use doomed::Doomed;
+pub use foreign::Foreign;
 pub use guest::{Guest, guest};
-pub use libvirtd::{Libvirtd, wait_for_domain};
+pub use libvirtd::{Libvirtd, free_port, wait_for_domain};
 pub use machine::{Firmware, Machine, holds_all};
 pub use random::{Random, rounds, seed};
 pub use room::SmallRoom;

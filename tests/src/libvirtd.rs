@@ -25,23 +25,40 @@ pub struct Libvirtd {
     /// One of the whole host, else of a user; and of which, if not the test's own.
     system: bool,
     user: Option<u32>,
+    /// The port on which it is reached as if it were on another host.
+    port: Option<u16>,
     child: Child,
 }
+
+/// An address of this host that is not known to be one.
+const ELSEWHERE: &str = "127.0.0.2";
 
 impl Libvirtd {
     /// Starts one in the sandbox.
     #[track_caller]
     pub fn start(sandbox: &Sandbox) -> Option<Libvirtd> {
+        Libvirtd::begin(sandbox, None)
+    }
+
+    /// The same, reached over TCP as if it were on another host; its QEMUs have the certificates in `certificates`.
+    #[track_caller]
+    pub fn elsewhere(sandbox: &Sandbox, certificates: &Path) -> Option<Libvirtd> {
+        Libvirtd::begin(sandbox, Some(certificates))
+    }
+
+    #[track_caller]
+    fn begin(sandbox: &Sandbox, elsewhere: Option<&Path>) -> Option<Libvirtd> {
         if !have(&["libvirtd", "virsh", "qemu-system-x86_64", "unshare"]) {
             return None;
         }
         let (dir, user) = (sandbox.path("virt"), sandbox.user());
         let system = is_root() && user.is_none();
-        configure(&dir, system);
+        let port = elsewhere.map(|_| free_port());
+        configure(&dir, system, elsewhere.zip(port));
         if let Some(user) = user {
             tool("chown", &["-R", &user.to_string(), &dir.display().to_string()]);
         }
-        let mut daemon = Libvirtd { child: spawn(&dir, system, user), dir, system, user };
+        let mut daemon = Libvirtd { child: spawn(&dir, system, user, port), dir, system, user, port };
         if !daemon.is_up() {
             skip(&format!("libvirtd does not start here: {}", daemon.said()));
             return None;
@@ -55,7 +72,10 @@ impl Libvirtd {
             true => ("system", self.dir.join("libvirt-sock")),
             false => ("session", self.dir.join("run/libvirt/libvirt-sock")),
         };
-        format!("qemu+unix:///{user}?socket={}", socket.display())
+        match self.port {
+            Some(port) => format!("qemu+tcp://{ELSEWHERE}:{port}/{user}"),
+            None => format!("qemu+unix:///{user}?socket={}", socket.display()),
+        }
     }
 
     /// Recovers the newest point of `vm` on it.
@@ -92,7 +112,7 @@ impl Libvirtd {
     /// Starts it again.
     #[track_caller]
     pub fn start_again(&mut self) {
-        self.child = spawn(&self.dir, self.system, self.user);
+        self.child = spawn(&self.dir, self.system, self.user, self.port);
         assert!(self.is_up(), "libvirtd does not start again: {}", self.said());
     }
 
@@ -121,7 +141,14 @@ impl Drop for Libvirtd {
     }
 }
 
-fn configure(dir: &Path, system: bool) {
+/// A TCP port that nobody has.
+#[track_caller]
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind((ELSEWHERE, 0)).and_then(|listener| listener.local_addr());
+    listener.unwrap_or_else(|error| panic!("no port is free: {error}")).port()
+}
+
+fn configure(dir: &Path, system: bool, elsewhere: Option<(&Path, u16)>) {
     let write = |name: &str, text: String| {
         let path = dir.join(name);
         let folder = path.parent().unwrap_or(dir);
@@ -129,6 +156,9 @@ fn configure(dir: &Path, system: bool) {
         written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     };
     let mut qemu = "security_driver = \"none\"\nseccomp_sandbox = 0\nstdio_handler = \"file\"\n".to_owned();
+    if let Some((certificates, _)) = elsewhere {
+        qemu += &format!("nbd_tls_x509_cert_dir = \"{}\"\n", certificates.display());
+    }
     if system {
         qemu += "user = \"root\"\ngroup = \"root\"\ndynamic_ownership = 0\nremember_owner = 0\n\
                  cgroup_controllers = [ ]\nnamespaces = [ ]\n";
@@ -152,18 +182,22 @@ fn configure(dir: &Path, system: bool) {
         }
     }
     let log = dir.join("libvirtd.log");
+    let network = elsewhere.map_or(String::new(), |(_, port)| {
+        format!("listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\nlisten_addr = \"{ELSEWHERE}\"\ntcp_port = \"{port}\"\n")
+    });
     let socket = if system { format!("unix_sock_dir = \"{}\"\n", dir.display()) } else { String::new() };
     write(
         "libvirtd.conf",
         format!(
-            "{socket}auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\nlog_outputs = \"3:file:{}\"\n",
+            "{socket}{network}auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\nlog_outputs = \"3:file:{}\"\n",
             log.display()
         ),
     );
 }
 
-fn spawn(dir: &Path, system: bool, user: Option<u32>) -> Child {
+fn spawn(dir: &Path, system: bool, user: Option<u32>, port: Option<u16>) -> Child {
     let config = dir.join("libvirtd.conf");
+    let listen = port.map(|_| "--listen");
     let mut command = if system {
         // A mount namespace of its own: no other daemon, and nothing on this machine, is touched.
         let mut script = String::new();
@@ -171,13 +205,13 @@ fn spawn(dir: &Path, system: bool, user: Option<u32>) -> Child {
             script += &format!("mkdir -p {path} && mount --bind \"$1/{folder}\" {path} || exit 1\n");
         }
         script += "mount --bind \"$1/passwd\" /etc/passwd && mount --bind \"$1/group\" /etc/group || exit 1\n\
-                   exec libvirtd --config \"$1/libvirtd.conf\" --pid-file \"$1/libvirtd.pid\"\n";
+                   exec libvirtd --config \"$1/libvirtd.conf\" --pid-file \"$1/libvirtd.pid\" $2\n";
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "bash", "-c", &script, "bash"]).arg(dir);
+        command.args(["--mount", "--propagation", "private", "bash", "-c", &script, "bash"]).arg(dir).args(listen);
         command
     } else {
         let mut command = Command::new("libvirtd");
-        command.arg("--config").arg(config).env("HOME", dir);
+        command.arg("--config").arg(config).args(listen).env("HOME", dir);
         for (name, folder) in [
             ("XDG_RUNTIME_DIR", "run"),
             ("XDG_CONFIG_HOME", "cfg"),

@@ -223,9 +223,7 @@ impl Sandbox {
 
     /// `kill -9` of the process that owns the state folder; returns when it is dead.
     pub fn kill_owner(&self) {
-        let pid = self.owner().unwrap_or_else(|| panic!("nobody owns the state folder"));
-        kill(pid);
-        wait_until("the killed process is gone", || !is_alive(pid));
+        kill(self.owner().unwrap_or_else(|| panic!("nobody owns the state folder")));
     }
 }
 
@@ -243,7 +241,7 @@ fn finish(mut command: Command, args: &[&str]) -> Output {
     match done.recv_timeout(PATIENCE) {
         Ok(output) => output.unwrap_or_else(|error| panic!("cannot wait for lifeboat: {error}")),
         Err(_) => {
-            kill(pid);
+            send_kill(pid);
             panic!("lifeboat {args:?} does not end");
         }
     }
@@ -260,15 +258,23 @@ fn both(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
-/// SIGKILL. One that is gone already is as dead.
+/// `kill -9`; returns when it is dead and has let go of its files. One that is gone already is as dead.
+#[track_caller]
 pub fn kill(pid: u32) {
+    send_kill(pid);
+    wait_until("the killed process is gone", || !is_alive(pid));
+}
+
+fn send_kill(pid: u32) {
     let _ = Command::new("kill").args(["-9", &pid.to_string()]).stderr(Stdio::null()).status();
 }
 
-/// Whether a process runs; one that waits to be buried does not.
+/// Whether a process runs, or one of its threads, which hold its files; one that waits to be buried does not.
 fn is_alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z')))
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Some((_, state)) = stat.rsplit_once(')') else { return false };
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    !state.trim_start().starts_with('Z') || threads > 1
 }
 
 impl Drop for Sandbox {
@@ -276,7 +282,7 @@ impl Drop for Sandbox {
         // Twice: what was killed first may have been about to start another.
         for _ in 0..2 {
             for pid in self.processes() {
-                kill(pid);
+                send_kill(pid);
             }
             std::thread::sleep(Duration::from_millis(20));
         }

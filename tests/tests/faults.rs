@@ -14,8 +14,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lifeboat_tests::{
-    Console, Doomed, Firmware, Guest as Image, Machine, Random, Sandbox, guest as image, have, kill, noise, seed,
-    wait_until,
+    Console, Doomed, Firmware, Foreign, Guest as Image, Machine, Random, Sandbox, guest as image, have, kill, noise,
+    seed, wait_until,
 };
 use nbd_server::export::ZeroMode;
 use nbd_server::wire::Errno;
@@ -312,16 +312,6 @@ fn of_two_who_cut_over_at_once_one_is_refused_and_nothing_is_lost() {
     compare(&fs::read(sandbox.path("production.raw")).unwrap(), &disk, &format!("seed {seed}"));
 }
 
-/// A foreign server, ended when dropped.
-struct Foreign(Child);
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn a_target_that_fails_somewhere_holds_the_move_and_costs_the_guest_nothing() {
     if !have(&["nbdkit"]) {
@@ -331,13 +321,12 @@ fn a_target_that_fails_somewhere_holds_the_move_and_costs_the_guest_nothing() {
     let mut random = Random::new(seed);
     let (sandbox, disk, uri) = published();
     let (socket, fails) = (sandbox.path("target.sock"), sandbox.path("target-fails"));
-    let target = Command::new("nbdkit")
+    let mut target = Command::new("nbdkit");
+    target
         .args(["--foreground", "--exit-with-parent", "--unix", &socket.display().to_string()])
         .args(["--filter=error", "memory", &format!("size={SIZE}"), "error=EIO", "error-pwrite-rate=100%"])
-        .arg(format!("error-pwrite-file={}", fails.display()))
-        .stderr(Stdio::null())
-        .spawn();
-    let _target = Foreign(target.unwrap());
+        .arg(format!("error-pwrite-file={}", fails.display()));
+    let _target = Foreign::start(target.stderr(Stdio::null()));
     wait_until("the target listens", || UnixStream::connect(&socket).is_ok());
     let place = format!("nbd+unix:///?socket={}", socket.display());
     let guest = Guest::start(&uri, disk, seed);

@@ -3,10 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use lifeboat_tests::{
-    Doomed, Guest, Libvirtd, Sandbox, SmallRoom, guest, have, holds_all, noise, tool, wait_for_domain, wait_until,
+    Doomed, Foreign, Guest, Libvirtd, Sandbox, SmallRoom, guest, have, holds_all, noise, tool, wait_for_domain,
+    wait_until,
 };
 use serde_json::Value;
 
@@ -179,7 +180,7 @@ fn a_repository_that_is_away_and_an_nbd_target_that_is_larger_only_take_longer()
     fs::File::create(&served).unwrap().set_len(6 << 20).unwrap();
     let mut server = Command::new("nbdkit");
     server.args(["--foreground", "--exit-with-parent", "--unix", &socket, "file", &served]);
-    let _server = Foreign(server.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let _server = Foreign::start(server.stderr(Stdio::null()));
     wait_until("nbdkit listens", || sandbox.path("served.sock").exists());
     // Killed, so that nothing of the repository is in a cache.
     sandbox.kill_owner();
@@ -202,14 +203,4 @@ fn a_repository_that_is_away_and_an_nbd_target_that_is_larger_only_take_longer()
     daemon.virsh(&["destroy", "vm"]);
     assert!(fs::read(&served).unwrap()[..4 * MIB] == disks[1]);
     tool("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &sandbox.name("source0.raw"), &sandbox.name("t0.qcow2")]);
-}
-
-/// A foreign server, ended when dropped.
-struct Foreign(Child);
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

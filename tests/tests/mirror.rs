@@ -5,9 +5,11 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
-use lifeboat_tests::{Console, Firmware, Guest, Machine, Sandbox, guest, have, kill, noise, tool, wait_until};
+use lifeboat_tests::{
+    Console, Firmware, Foreign, Guest, Machine, Sandbox, SmallRoom, guest, have, kill, noise, tool, wait_until,
+};
 use nbd_server::{BlockingClient, ClientOptions};
 use serde_json::{Value, json};
 
@@ -267,9 +269,41 @@ fn failing_targets_a_dead_qemu_and_second_thoughts_cost_the_guest_nothing() {
     assert_holds(&sandbox.name("served.raw"), &disk);
 }
 
+#[test]
+fn a_full_target_and_a_qemu_that_dies_in_the_middle_hold_the_mirror_and_lose_nothing() {
+    if !have(&["qemu-system-x86_64"]) {
+        return;
+    }
+    let sandbox = Sandbox::with_plain_repository("64K");
+    let Some(small) = SmallRoom::new(sandbox.path("small"), "3m") else { return };
+    let mut disk = bare(&sandbox, 1, 8 * MIB).remove(0);
+    let target = small.name("t.raw");
+    let said = sandbox.fails(1, &["rehydrate", "vm", "--to", &target, "--mode", "mirror"]);
+    assert!(said.contains("is held") && said.contains("No space left"), "{said}");
+    let mut qemu = Qemu::of(&sandbox);
+    assert_eq!(qemu.status(), "running");
+    qemu.write(0, 7, MIB, 4096);
+    disk[MIB..MIB + 4096].fill(7);
+    sandbox.kill_owner();
+    let view = recovery(&sandbox);
+    assert!(view["problem"].as_str().unwrap().contains("No space left"), "the restart forgot why: {view}");
+    // With room it goes on where it was, and QEMU dies when half of it is copied.
+    small.resize("32m");
+    sandbox.ok(&["rehydrate", "vm", "--resume", "--detach"]);
+    let copied = |view: &Value| view["disks"][0]["hydrated"].as_u64().unwrap() > 0;
+    wait_until("some is copied", || copied(&recovery(&sandbox)));
+    kill(u32::try_from(recovery(&sandbox)["pid"].as_u64().unwrap()).unwrap());
+    wait_until("it is noticed", || recovery(&sandbox)["vm"] == "shut-off" && phase(&sandbox) == "held");
+    sandbox.ok(&["start", "vm"]);
+    sandbox.ok(&["rehydrate", "vm", "--resume"]);
+    let view = sandbox.json(&["cutover", "vm"]);
+    kill(u32::try_from(view["pid"].as_u64().unwrap()).unwrap());
+    assert_holds(&target, &disk);
+}
+
 /// An NBD server for `served.raw` whose writes fail at random while the file `trigger` is there.
 struct Failing {
-    server: Child,
+    _server: Foreign,
     uri: String,
 }
 
@@ -282,15 +316,8 @@ impl Failing {
         server.args(["--foreground", "--exit-with-parent", "--filter=error", "--unix", &socket, "file"]);
         server.args([sandbox.name("served.raw"), "error-pwrite=EIO".to_owned(), "error-pwrite-rate=30%".to_owned()]);
         server.arg(format!("error-pwrite-file={}", sandbox.name("trigger")));
-        let server = server.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let server = Foreign::start(server.stderr(Stdio::null()));
         wait_until("nbdkit listens", || sandbox.path("served.sock").exists());
-        Failing { server, uri: format!("nbd+unix:///?socket={socket}") }
-    }
-}
-
-impl Drop for Failing {
-    fn drop(&mut self) {
-        let _ = self.server.kill();
-        let _ = self.server.wait();
+        Failing { _server: server, uri: format!("nbd+unix:///?socket={socket}") }
     }
 }
