@@ -56,22 +56,26 @@ pub struct TlsRequest {
     pub clients: Vec<String>,
 }
 
-impl ExportRequest {
-    /// The server, as secure as was asked for.
-    fn server(&self, server: Server, listen: &Listen) -> Result<Server, Problem> {
-        match (&self.tls, &self.insecure_tcp) {
-            (Some(_), Some(_)) => {
-                Err(Problem::usage("an export with TLS is not insecure")
-                    .hint("give either --tls-dir or --insecure-tcp"))
-            }
-            (Some(tls), None) => Ok(server.with_tls(tls.load()?)),
-            (None, Some(named)) if *named == listen.to_string() => Ok(server.with_plain_tcp_for_everyone()),
-            (None, Some(named)) => Err(Problem::usage(format!("`{named}` is not what is listened on"))
-                .hint(format!("to serve {listen} without TLS, give --insecure-tcp {listen}"))),
-            (None, None) => Ok(server),
+/// The server, as secure as was asked for. `insecure`: the address once more, to serve other hosts without TLS.
+pub(crate) fn secured(
+    server: Server,
+    listen: &Listen,
+    tls: Option<&TlsRequest>,
+    insecure: Option<&str>,
+) -> Result<Server, Problem> {
+    match (tls, insecure) {
+        (Some(_), Some(_)) => {
+            Err(Problem::usage("an export with TLS is not insecure").hint("give either --tls-dir or --insecure-tcp"))
         }
+        (Some(tls), None) => Ok(server.with_tls(tls.load()?)),
+        (None, Some(named)) if *named == listen.to_string() => Ok(server.with_plain_tcp_for_everyone()),
+        (None, Some(named)) => Err(Problem::usage(format!("`{named}` is not what is listened on"))
+            .hint(format!("to serve {listen} without TLS, give --insecure-tcp {listen}"))),
+        (None, None) => Ok(server),
     }
+}
 
+impl ExportRequest {
     /// Who may see each of these disks.
     fn access(&self, disks: &[String]) -> Result<Vec<(String, Access)>, Problem> {
         let clients = self.tls.as_ref().map_or(&[][..], |tls| &tls.clients);
@@ -191,7 +195,10 @@ impl Exports {
         };
         let chosen = chosen(point, request.disk.as_deref())?;
         let table = Arc::new(ExportTable::new());
-        let (server, access) = (request.server(self.server.beside(table.clone()), &listen)?, request.access(&chosen)?);
+        let (server, access) = (
+            secured(self.server.beside(table.clone()), &listen, request.tls.as_ref(), request.insecure_tcp.as_deref())?,
+            request.access(&chosen)?,
+        );
         let (filled, reading, id_of_point) = (table.clone(), repository.clone(), point.id.clone());
         let lease = tokio::task::spawn_blocking(move || {
             let point = disks::load_point(&reading, &id_of_point)?;

@@ -72,6 +72,9 @@ pub struct Domain {
     /// Whether libvirt keeps it while it is shut off.
     #[serde(default)]
     pub keep: Keep,
+    /// What it is known as its recovery's by, if not the folder of its console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
 }
 
 /// Whether libvirt keeps a domain.
@@ -118,6 +121,9 @@ pub enum DiskSource {
         port: u16,
         /// The export's name on that server.
         export: String,
+        /// With TLS, by the certificates that the hypervisor has; only libvirt can.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        tls: bool,
     },
     /// A raw file.
     Raw(PathBuf),

@@ -1,5 +1,7 @@
 //! `export`: serves in the foreground until interrupted.
 
+use std::path::Path;
+
 use axum::http::Method;
 
 use super::args::{Export, Global};
@@ -17,7 +19,7 @@ pub async fn run(door: &Door, global: &Global, args: &Export) -> Result<(), Prob
         listen: absolute(&args.listen)?,
         read_only: args.read_only,
         overlay: overlay.map_err(|error| Problem::failed("cannot use the overlay's folder", &error))?,
-        tls: tls(args)?,
+        tls: tls(args.tls_dir.as_deref(), args.tls_anonymous_clients, &args.tls_clients)?,
         insecure_tcp: args.insecure_tcp.clone(),
     };
     let mut events = door.client.stream(Method::POST, "/api/v1/exports", Some(&request)).await?;
@@ -34,11 +36,16 @@ pub async fn run(door: &Door, global: &Global, args: &Export) -> Result<(), Prob
     }
 }
 
-fn tls(args: &Export) -> Result<Option<TlsRequest>, Problem> {
-    let Some(dir) = &args.tls_dir else { return Ok(None) };
+/// How to serve with TLS, by the certificates in `dir`.
+pub(super) fn tls(
+    dir: Option<&Path>,
+    anonymous_clients: bool,
+    clients: &[String],
+) -> Result<Option<TlsRequest>, Problem> {
+    let Some(dir) = dir else { return Ok(None) };
     let dir =
         std::path::absolute(dir).map_err(|error| Problem::failed("cannot use the certificates' folder", &error))?;
-    Ok(Some(TlsRequest { dir, anonymous_clients: args.tls_anonymous_clients, clients: args.tls_clients.clone() }))
+    Ok(Some(TlsRequest { dir, anonymous_clients, clients: clients.to_vec() }))
 }
 
 fn show(global: &Global, data: &str) -> Result<(), Problem> {

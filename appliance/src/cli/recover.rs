@@ -13,7 +13,8 @@ use super::{host, render};
 use crate::catalog::spec::short_id;
 use crate::problem::Problem;
 use crate::recovery::{
-    CommitsView, DiskView, HypervisorKind, Identity, RecoverRequest, RecoveryView, RehydrationView, Schedule, Wish,
+    CommitsView, DiskView, HypervisorKind, Identity, RecoverRequest, RecoveryView, RehydrationView, Schedule, ServeOn,
+    Wish,
 };
 use crate::signals::stop_signal;
 
@@ -37,6 +38,7 @@ pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Pro
         hardware: super::hardware::of(&args.made_of)?,
         keep: if args.persistent { Keep::Persistent } else { Keep::Transient },
         identity: if args.keep_identity { Identity::Keep } else { Identity::Fresh },
+        serve_on: serve_on(args)?,
         runs_as: None,
     };
     let started = admitted(door, "/api/v1/recoveries", Some(&request), args.admission).await?;
@@ -47,6 +49,12 @@ pub async fn run(door: &Door, global: &Global, args: &Recover) -> Result<(), Pro
         describe(&view);
     }
     Ok(())
+}
+
+fn serve_on(args: &Recover) -> Result<Option<ServeOn>, Problem> {
+    let Some(listen) = args.serve_on.clone() else { return Ok(None) };
+    let tls = super::export::tls(args.tls_dir.as_deref(), false, &[])?;
+    Ok(Some(ServeOn { listen, tls, insecure_tcp: args.insecure_tcp.clone() }))
 }
 
 /// Asks for a VM to be started, and waits for memory if that is wanted.

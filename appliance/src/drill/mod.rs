@@ -94,6 +94,7 @@ impl DrillRequest {
             hardware: self.hardware.clone(),
             keep: Keep::Transient,
             identity: Identity::Fresh,
+            serve_on: None,
             runs_as: None,
         }
     }

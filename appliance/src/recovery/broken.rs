@@ -9,6 +9,7 @@ use hypervisor::libvirt::Domains;
 use hypervisor::{Hypervisor, MachineDefinition, QemuHypervisor};
 
 use super::record::Record;
+use super::remote::owner_of;
 use super::state::State;
 use super::{HypervisorKind, RecoveryView, Timings, domain, machine};
 use crate::journal::read_good;
@@ -73,7 +74,8 @@ async fn end_domains(name: &str, dir: &Path, others: BTreeSet<String>) -> Result
     let named: BTreeSet<String> = read_good(&dir.join("journal")).iter().filter_map(libvirt_of).collect();
     for uri in named.union(&others) {
         let ended = match Domains::at(uri) {
-            Ok(domains) => domains.end_those_of(dir).await,
+            Ok(domains) if domains.are_local() => domains.end_those_of(&dir.to_string_lossy()).await,
+            Ok(domains) => domains.end_those_of(&owner_of(dir)).await,
             Err(error) => Err(error),
         };
         match ended {

@@ -81,16 +81,15 @@ pub(super) fn view(machine: &MachineDefinition) -> Option<DomainView> {
 /// Asks libvirt what has to be known before anything exists.
 pub(super) async fn prepare(name: &str, request: &mut RecoverRequest) -> Result<(), Problem> {
     request.runs_as = None;
+    let title = format!("cannot recover {name} on {}", String::from(request.on.clone()));
+    super::remote::prepare(&title, request)?;
     let HypervisorKind::Libvirt(uri) = &request.on else { return Ok(()) };
-    let title = format!("cannot recover {name} on libvirt:{uri}");
     let refused = |error: &LibvirtError| problem(&title, error);
     let domains = Domains::at(uri).map_err(|error| refused(&error))?;
-    if !domains.are_local() {
-        return Err(Problem::refused(format!("{title}: it is on another host, which does not reach this one's disks"))
-            .hint("run lifeboat on that host, or recover with --on none and attach the exports there"));
+    if domains.are_local() {
+        let us = rustix::process::geteuid().as_raw();
+        request.runs_as = domains.other_user(us).await.map_err(|error| refused(&error))?;
     }
-    let us = rustix::process::geteuid().as_raw();
-    request.runs_as = domains.other_user(us).await.map_err(|error| refused(&error))?;
     match domains.find(name).await {
         Ok(_) => Err(refused(&LibvirtError::NameTaken { domain: name.to_owned(), uri: uri.clone() })),
         Err(LibvirtError::NoDomain { .. }) => Ok(()),
@@ -102,12 +101,13 @@ pub(super) async fn prepare(name: &str, request: &mut RecoverRequest) -> Result<
 pub(super) fn define(
     machine: MachineDefinition,
     request: &RecoverRequest,
+    owner: Option<String>,
 ) -> Result<(MachineDefinition, Vec<String>), Problem> {
     let HypervisorKind::Libvirt(uri) = &request.on else { return Ok((machine, Vec::new())) };
     let title = format!("cannot recover {} on libvirt:{uri}", machine.name);
     let refused = |error: &LibvirtError| problem(&title, error);
     // What another user runs cannot reach into the recovery's folder; what libvirt keeps lies where it likes.
-    let own_folder = request.runs_as.is_none() && request.keep == Keep::Transient;
+    let own_folder = owner.is_none() && request.runs_as.is_none() && request.keep == Keep::Transient;
     let uefi_vars = machine.files.uefi_vars.to_str().filter(|_| own_folder);
     let named = || machine.disks.iter().map(|disk| (disk.name.clone(), disk.source.clone()));
     let (xml, uuid, changes, targets) = match &request.hardware.domain_xml {
@@ -130,7 +130,13 @@ pub(super) fn define(
     if request.hardware.uefi_vars.is_some() && !own_folder {
         changes.push("its UEFI variables begin anew, as libvirt keeps them in a place of its own".to_owned());
     }
-    let domain = Domain { uri: uri.clone(), uuid, xml, targets, keep: request.keep };
+    // Another host does not reach the console's file.
+    let xml = match owner {
+        Some(_) => xml::without_console_file(&xml)
+            .map_err(|source| refused(&LibvirtError::Xml { domain: machine.name.clone(), source }))?,
+        None => xml,
+    };
+    let domain = Domain { uri: uri.clone(), uuid, xml, targets, keep: request.keep, owner };
     Ok((MachineDefinition { domain: Some(domain), ..machine }, changes))
 }
 

@@ -8,8 +8,8 @@ use hypervisor::{Machine, MachineDefinition, MachineError, MirrorState, Status};
 
 use super::HypervisorKind;
 use super::cutover::{CutoverError, decide, insist};
-use super::moving::{Moving, cannot_copy, remove_made, source_of, target_problem, uses_export};
-use super::one::{Driver, NBD_SOCKET, Recovery};
+use super::moving::{Moving, cannot_copy, remove_made, source_of, target_problem};
+use super::one::{Driver, Recovery};
 use super::record::Record;
 use super::state::State;
 use crate::disks;
@@ -127,9 +127,8 @@ impl Recovery {
 
     /// Which disks the guest has left its overlays of, by where the definition says they are.
     pub(super) fn moved(&self, driver: &Driver) -> Vec<bool> {
-        let ours = self.socket(NBD_SOCKET);
         let disks = driver.machine.iter().flat_map(|machine| &machine.disks);
-        disks.map(|disk| !uses_export(disk, &ours)).collect()
+        disks.map(|disk| !self.uses_export(disk)).collect()
     }
 
     /// The cutover proper. On an error the guest runs on its overlays, but for disks that are moved: see `fall_back`.

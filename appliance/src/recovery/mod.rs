@@ -13,6 +13,7 @@ mod moving;
 mod one;
 mod quiet;
 mod record;
+mod remote;
 mod schedule;
 mod serving;
 pub mod state;
@@ -38,6 +39,7 @@ pub(crate) use machine::{
 pub use manager::Recoveries;
 pub use moving::Order;
 pub use one::Context;
+pub use remote::ServeOn;
 pub use schedule::{CommitsView, Schedule, ScheduleRequest};
 pub use state::State;
 
@@ -85,6 +87,9 @@ pub struct RecoverRequest {
     /// Of a libvirt domain: whether it is told from the original.
     #[serde(default)]
     pub identity: Identity,
+    /// Where the disks of a domain on another host are served to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serve_on: Option<ServeOn>,
     /// The user that libvirt's QEMU runs as, if other than ours; found out when the recovery begins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub runs_as: Option<u32>,
@@ -108,11 +113,11 @@ fn no_display() -> String {
 impl RecoverRequest {
     /// What its VM takes of the host.
     pub fn ask(&self) -> Ask {
-        match self.on {
-            HypervisorKind::Qemu | HypervisorKind::Libvirt(_) => {
+        match (&self.on, &self.serve_on) {
+            (HypervisorKind::Qemu | HypervisorKind::Libvirt(_), None) => {
                 Ask { memory: self.hardware.memory(), cpus: self.hardware.cpus() }
             }
-            HypervisorKind::None => Ask { memory: 0, cpus: 0 },
+            (HypervisorKind::None, _) | (_, Some(_)) => Ask { memory: 0, cpus: 0 },
         }
     }
 }

@@ -1,15 +1,14 @@
 //! A recovery's way back to production storage: rehydration and cutover. The rules: docs/design/rehydration.md
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hypervisor::{DiskSource, Keep, MachineDefinition, MachineDisk};
+use hypervisor::{DiskSource, Keep, MachineDefinition};
 use nbd_server::{Endpoint, NbdUri};
 use serde::{Deserialize, Serialize};
 
 use super::HypervisorKind;
-use super::one::{Driver, NBD_SOCKET, Recovery};
+use super::one::{Driver, Recovery};
 use super::record::Record;
 use super::state::{Event, State};
 use crate::problem::Problem;
@@ -117,6 +116,7 @@ impl Recovery {
             }
         };
         let plan = Plan::make(&self.definition.disks, request, mode)?;
+        self.check_targets(&plan)?;
         let opening = if request.overwrite { Opening::Overwrite } else { Opening::New };
         let opened = self.open(&driver, &plan, opening).await?;
         driver.plan = Some(plan);
@@ -293,8 +293,7 @@ impl Recovery {
         match (&self.definition.request.on, &driver.machine) {
             (HypervisorKind::None, _) | (_, None) => true,
             (HypervisorKind::Qemu | HypervisorKind::Libvirt(_), Some(machine)) => {
-                let ours = self.socket(NBD_SOCKET);
-                driver.vm.is_some() && machine.disks.iter().any(|disk| uses_export(disk, &ours))
+                driver.vm.is_some() && machine.disks.iter().any(|disk| self.uses_export(disk))
             }
         }
     }
@@ -327,11 +326,6 @@ enum Opened {
     Mirror(Vec<Mirrored>),
 }
 
-/// Whether a VM reaches a disk through the NBD server at `ours`.
-pub(super) fn uses_export(disk: &MachineDisk, ours: &Path) -> bool {
-    matches!(&disk.source, DiskSource::Export { socket, .. } if socket == ours)
-}
-
 /// How QEMU reaches a place.
 pub(super) fn source_of(place: &Place) -> Result<DiskSource, Problem> {
     use std::os::unix::fs::FileTypeExt;
@@ -345,7 +339,7 @@ pub(super) fn source_of(place: &Place) -> Result<DiskSource, Problem> {
             let parsed: NbdUri = uri.parse().map_err(|error| Problem::failed(format!("cannot use {uri}"), &error))?;
             let export = parsed.export.to_string();
             match parsed.endpoint {
-                Endpoint::Tcp { host, port } => DiskSource::Remote { host, port, export },
+                Endpoint::Tcp { host, port } => DiskSource::Remote { host, port, export, tls: parsed.tls.is_some() },
                 Endpoint::Unix(socket) => DiskSource::Export { socket, export },
             }
         }

@@ -3,14 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use blockstore::lease::{self, Surroundings};
 use blockstore::overlay::Overlay;
 use blockstore::{RecoveryPoint, Repository};
-use nbd_server::{ExportTable, Listen};
+use nbd_server::ExportTable;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::one::{Definition, Driver, NBD_SOCKET, Recovery};
+use super::one::{Definition, Driver, Recovery};
 use super::state::State;
 use crate::disks::{self, OpenOverlay};
 use crate::exports::{FirstRead, OverlayExport};
@@ -47,18 +46,12 @@ impl Recovery {
         .await
         .map_err(|error| Problem::failed("cannot publish the disks", &error))??;
         driver.lease = lease;
-        let socket = self.socket(NBD_SOCKET);
         if self.definition.request.runs_as.is_some() {
             crate::state_dir::make_shared_dir()
                 .map_err(|error| Problem::failed("cannot make the folder of the disks' socket", &error))?;
         }
-        let listener = self
-            .context
-            .server
-            .beside(table.clone())
-            .bind(&Listen::Unix(socket))
-            .await
-            .map_err(|error| Problem::from_listen(&error))?;
+        let (server, listen) = self.listen(self.context.server.beside(table.clone()))?;
+        let listener = server.bind(&listen).await.map_err(|error| Problem::from_listen(&error))?;
         self.open_socket()?;
         let mut uris = Vec::new();
         for disk in &self.definition.disks {
@@ -80,7 +73,7 @@ impl Recovery {
 
     /// What tells this recovery from all others that use the repository.
     pub(super) fn lease_name(&self) -> String {
-        format!("{}:{}", lease::System.process().host, self.dir.display())
+        super::remote::owner_of(&self.dir)
     }
 
     /// The recovery no longer needs its point.

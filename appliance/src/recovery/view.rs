@@ -17,7 +17,8 @@ impl Recovery {
         let shown = self.lock();
         let on = &self.definition.request.on;
         let qemu = *on == HypervisorKind::Qemu;
-        let path = |name: &str| (*on != HypervisorKind::None).then(|| self.dir.join(name).display().to_string());
+        let here = *on != HypervisorKind::None && self.definition.request.serve_on.is_none();
+        let path = |name: &str| here.then(|| self.dir.join(name).display().to_string());
         let socket = |name: &str| qemu.then(|| self.socket(name).display().to_string());
         let planned = |at: usize| shown.plan.as_ref().and_then(|plan| plan.disks.get(at));
         let disk = |(at, disk): (usize, &DiskSummary)| {

@@ -25,9 +25,12 @@ impl Recovery {
         let first = self.lock().disks.first().and_then(|disk| disk.overlay());
         let overlay = first.map(|export| export.overlay.clone());
         let Definition { request, name, disks, .. } = &self.definition;
-        let machine =
+        let mut machine =
             super::machine::define(request, name, disks, overlay, self.dir(), |name| self.socket(name)).await?;
-        let (machine, changes) = super::domain::define(machine, request)?;
+        for disk in &mut machine.disks {
+            disk.source = self.export_source(&disk.name)?;
+        }
+        let (machine, changes) = super::domain::define(machine, request, self.owner())?;
         self.note_machine(driver, &machine)?;
         self.show(|shown| shown.changes = changes);
         let vm = self.hypervisor().start(&machine).await.map_err(|error| {

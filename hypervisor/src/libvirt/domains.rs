@@ -1,6 +1,5 @@
 //! The domains of a libvirt: listed, and described for a backup.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -85,14 +84,14 @@ impl Domains {
         Ok(xml::qemu_user(&asked.await?).filter(|user| *user != us && *user != 0))
     }
 
-    /// Ends and undefines the domains of the recovery in `folder`, but for those that have left it. Returns their names.
-    pub async fn end_those_of(&self, folder: &Path) -> Result<Vec<String>, LibvirtError> {
-        let folder = folder.to_string_lossy().into_owned();
+    /// Ends and undefines the domains that carry `owner`, but for those that have left it. Returns their names.
+    pub async fn end_those_of(&self, owner: &str) -> Result<Vec<String>, LibvirtError> {
+        let owner = owner.to_owned();
         self.connection
             .call("end the domains of a recovery", DESTROY_DEADLINE, move |connect| {
                 let mut ended = Vec::new();
                 for domain in connect.list_all_domains(0)? {
-                    match end_one_of(&domain, &folder) {
+                    match end_one_of(&domain, &owner) {
                         Ok(Some(name)) => ended.push(name),
                         Ok(None) => {}
                         // It went meanwhile.
@@ -125,9 +124,9 @@ pub(super) fn by_name(connect: &Connect, name: &str) -> Result<Domain, Fault> {
     Ok(Domain::lookup_by_name(connect, name)?)
 }
 
-fn end_one_of(domain: &Domain, folder: &str) -> Result<Option<String>, Fault> {
+fn end_one_of(domain: &Domain, owner: &str) -> Result<Option<String>, Fault> {
     let description = domain.get_xml_desc(0)?;
-    if xml::owner(&description).as_deref() != Some(folder) || xml::is_in_production(&description) {
+    if xml::owner(&description).as_deref() != Some(owner) || xml::is_in_production(&description) {
         return Ok(None);
     }
     let (name, persistent) = (domain.get_name()?, domain.is_persistent()?);

@@ -63,11 +63,11 @@ async fn start(machine: &MachineDefinition) -> Result<Arc<dyn Machine>, LibvirtE
     let connection = Connection::to(&domain.uri)?;
     let (description, acceleration) = describe(machine, domain, &connection).await?;
     let (name, uuid, keep) = (machine.name.clone(), domain.uuid.clone(), domain.keep);
-    let (uri, folder, began) = (domain.uri.clone(), folder(machine), Instant::now());
+    let (uri, owner, began) = (domain.uri.clone(), owner(machine, domain), Instant::now());
     let outcome = connection
         .call("start a domain", START_DEADLINE, move |connect| {
             let found = found(connect, &name, &uuid)?;
-            if let Some(domain) = found.stranger(&folder) {
+            if let Some(domain) = found.stranger(&owner) {
                 return Ok(Err(LibvirtError::NotOurs { uuid, domain }));
             }
             if found.name_taken {
@@ -83,10 +83,11 @@ async fn start(machine: &MachineDefinition) -> Result<Arc<dyn Machine>, LibvirtE
     Ok(Arc::new(LibvirtMachine::new(connection, machine, domain, kvm, &reason)))
 }
 
-/// The recovery's folder, by which a domain is known as its own.
-fn folder(machine: &MachineDefinition) -> String {
+/// What a domain is known as its recovery's by.
+fn owner(machine: &MachineDefinition, domain: &Definition) -> String {
     let console = &machine.files.console;
-    console.parent().unwrap_or(console).to_string_lossy().into_owned()
+    let folder = || console.parent().unwrap_or(console).to_string_lossy().into_owned();
+    domain.owner.clone().unwrap_or_else(folder)
 }
 
 /// The description a domain is started with.
@@ -98,7 +99,7 @@ async fn describe(
     let wrong = |source: XmlError| LibvirtError::Xml { domain: machine.name.clone(), source };
     let sources = domain.targets.iter().map(String::as_str).zip(machine.disks.iter().map(|disk| &disk.source));
     let description = xml::with_sources(&domain.xml, sources).map_err(wrong)?;
-    let description = xml::with_owner(&description, &folder(machine), domain.keep).map_err(wrong)?;
+    let description = xml::with_owner(&description, &owner(machine, domain), domain.keep).map_err(wrong)?;
     // The recovery's folder goes, and the console's file with it.
     let description = match domain.keep {
         Keep::Production => xml::without_console_file(&description).map_err(wrong)?,
@@ -124,9 +125,9 @@ struct Found {
 
 impl Found {
     /// The name of a domain with our UUID that is not ours.
-    fn stranger(&self, folder: &str) -> Option<String> {
+    fn stranger(&self, wanted: &str) -> Option<String> {
         let (name, owner) = self.same.as_ref()?;
-        (owner.as_deref() != Some(folder)).then(|| name.clone())
+        (owner.as_deref() != Some(wanted)).then(|| name.clone())
     }
 }
 
@@ -189,7 +190,7 @@ async fn adopt(machine: &MachineDefinition) -> Result<Option<Arc<dyn Machine>>, 
         Err(error) if gone(&error) => return Ok(None),
         Err(error) => return Err(error),
     };
-    if xml::owner(&description) != Some(folder(machine)) {
+    if xml::owner(&description) != Some(owner(machine, domain)) {
         return Err(LibvirtError::NotOurs { uuid: domain.uuid.clone(), domain: name });
     }
     let (kvm, why) = (xml::uses_kvm(&description), "chosen when the domain was started");
@@ -211,12 +212,12 @@ async fn redefine(machine: &MachineDefinition) -> Result<(), LibvirtError> {
 async fn forget(machine: &MachineDefinition) -> Result<(), LibvirtError> {
     let domain = definition(machine)?;
     let connection = Connection::to(&domain.uri)?;
-    let (uuid, folder) = (domain.uuid.clone(), folder(machine));
+    let (uuid, owner) = (domain.uuid.clone(), owner(machine, domain));
     let forgotten = connection
         .call("undefine a domain", CALL_DEADLINE, move |connect| {
             let found = look_up(connect, &uuid)?;
             let description = found.get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?;
-            let ours = xml::owner(&description) == Some(folder) && !xml::is_in_production(&description);
+            let ours = xml::owner(&description) == Some(owner) && !xml::is_in_production(&description);
             if ours && found.is_persistent()? { undefine(&found) } else { Ok(()) }
         })
         .await;

@@ -142,7 +142,7 @@ pub(super) fn block_node(name: &str, source: &DiskSource, reconnect: u32) -> Val
             "driver": "nbd", "server": { "type": "unix", "path": text(socket) }, "export": export,
             "reconnect-delay": reconnect,
         }),
-        DiskSource::Remote { host, port, export } => json!({
+        DiskSource::Remote { host, port, export, .. } => json!({
             "driver": "nbd", "server": { "type": "inet", "host": host, "port": port.to_string() }, "export": export,
             "reconnect-delay": reconnect,
         }),

@@ -1,5 +1,7 @@
 //! Recoveries.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 
@@ -51,6 +53,17 @@ pub struct Recover {
     /// libvirt: keep the original's UUID and the addresses of its network cards; the original must be gone
     #[arg(long)]
     pub keep_identity: bool,
+    /// libvirt on another host: serve the disks to it on this address of this host, tcp:ADDRESS:PORT (port 0: one that is
+    /// free); libvirt there has to trust the certificates (nbd_tls_x509_cert_dir in its qemu.conf)
+    #[arg(long, value_name = "ADDRESS")]
+    pub serve_on: Option<String>,
+    /// With --serve-on: serve with TLS only, by the certificates in this folder, as `lifeboat tls` makes them; clients
+    /// must have one of the same authority
+    #[arg(long, value_name = "DIR", requires = "serve_on")]
+    pub tls_dir: Option<PathBuf>,
+    /// With --serve-on: serve without TLS, readable and writable for whoever reaches the address: repeat it
+    #[arg(long, value_name = "ADDRESS", requires = "serve_on", conflicts_with = "tls_dir")]
+    pub insecure_tcp: Option<String>,
     /// Commit it every so often from the beginning: 10m, 1h; see `commit --every`
     #[arg(long, value_name = "DURATION", value_parser = crate::cli::collect::parse_duration)]
     pub commit_every: Option<u64>,

@@ -235,9 +235,13 @@ fn source_element(source: &DiskSource, reconnect: Option<u32>) -> (&'static str,
             let host = Element::new("host").with("transport", "unix").with("socket", text(socket));
             ("network", "raw", nbd(export, host))
         }
-        DiskSource::Remote { host, port, export } => {
+        DiskSource::Remote { host, port, export, tls } => {
             let host = Element::new("host").with("name", host).with("port", port.to_string());
-            ("network", "raw", nbd(export, host))
+            let mut source = nbd(export, host);
+            if *tls {
+                source.set("tls", "yes");
+            }
+            ("network", "raw", source)
         }
         DiskSource::Raw(path) => ("file", "raw", empty.with("file", text(path))),
         DiskSource::Qcow2(path) => ("file", "qcow2", empty.with("file", text(path))),
