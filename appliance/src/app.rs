@@ -171,6 +171,7 @@ impl App {
             jobs: jobs.clone(),
             events: events.clone(),
         };
+        let keys = Arc::new(Keys::open(state.requests(), jobs.clone()));
         Ok(Arc::new(App {
             location,
             repository,
@@ -178,7 +179,7 @@ impl App {
             events,
             audit,
             schedules: OnceLock::new(),
-            keys: Arc::default(),
+            keys,
             tokens: Arc::new(Tokens::open(state.tokens())),
             recoveries: Arc::new(Recoveries::new(context)),
             exports: Arc::new(Exports::new(server.clone())),

@@ -12,6 +12,7 @@
 //! STATE/audit            who has changed what through the API
 //! STATE/jobs             which jobs were started, and how they ended
 //! STATE/schedules        when policies have run
+//! STATE/requests         which requests came with an idempotency key, and their answers
 //! STATE/tls/             certificates that the service made for itself
 //! STATE/service.log      what a service started in the background says
 //! ```
@@ -83,6 +84,11 @@ impl StateDir {
     /// What is known of the past of policies.
     pub fn schedules(&self) -> PathBuf {
         self.root.join("schedules")
+    }
+
+    /// Requests with an idempotency key.
+    pub fn requests(&self) -> PathBuf {
+        self.root.join("requests")
     }
 
     /// The job log.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::TcpStream;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Output;
 
 use lifeboat_tests::{Running, Sandbox, have, tool, tool_output, wait_until};
 use serde_json::Value;
@@ -171,13 +171,6 @@ fn http_without_tls_is_for_loopback_and_has_to_be_asked_for() {
     sandbox.fails(4, &["serve", "--listen", "127.0.0.1:0", "--tls-dir", &sandbox.name("nothing")]);
 }
 
-/// Asks the API as the owner does.
-fn owner(sandbox: &Sandbox, path: &str) -> Value {
-    let socket = sandbox.name("state/lifeboat.sock");
-    let said = tool("curl", &["--silent", "--show-error", "--unix-socket", &socket, &format!("http://l{path}")]);
-    serde_json::from_str(&said).unwrap_or_else(|error| panic!("{path}: {error} in {said:?}"))
-}
-
 #[test]
 fn the_audit_log_says_who_has_changed_what_and_that_nobody_changed_it() {
     if !have(&["curl"]) {
@@ -226,69 +219,6 @@ fn the_audit_log_says_who_has_changed_what_and_that_nobody_changed_it() {
     sandbox.ok(&["audit", "verify", "--head", &head]);
     fs::write(&log, text.replacen("/web01/", "/web02/", 1)).unwrap();
     assert!(sandbox.fails(3, &["audit", "verify"]).contains("not what was written"));
-}
-
-/// A disk that is read slowly, until dropped.
-struct SlowDisk(Child, String);
-
-impl SlowDisk {
-    fn new(sandbox: &Sandbox) -> SlowDisk {
-        let socket = sandbox.name("slow.sock");
-        let child = Command::new("nbdkit")
-            .args(["-f", "-U", &socket, "--filter=delay", "pattern", "64M", "rdelay=200ms"])
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("nbdkit is there");
-        wait_until("nbdkit listens", || sandbox.path("slow.sock").exists());
-        SlowDisk(child, format!("nbd+unix:///?socket={socket}"))
-    }
-}
-
-impl Drop for SlowDisk {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-#[test]
-fn after_kill_9_no_job_is_lost_and_none_runs_again_by_itself() {
-    if !have(&["curl", "nbdkit"]) {
-        return;
-    }
-    let sandbox = Sandbox::with_plain_repository("64K");
-    let slow = SlowDisk::new(&sandbox);
-    fs::write(sandbox.path("disk.raw"), vec![7; 1 << 20]).unwrap();
-    sandbox.ok(&["backup", "web01", &sandbox.name("disk.raw")]);
-    let _service = sandbox.start(&["serve"]);
-    wait_until("the service answers", || sandbox.path("state/lifeboat.sock").exists());
-    let mut cut_off: Vec<Running> = (0..3).map(|n| sandbox.start(&["backup", &format!("slow{n}"), &slow.1])).collect();
-    wait_until("three backups are at work", || {
-        let jobs = owner(&sandbox, "/api/v1/jobs");
-        jobs.as_array().unwrap().iter().filter(|job| job["state"] == "running").count() == 3
-    });
-    sandbox.kill_owner();
-    for backup in &mut cut_off {
-        assert!(!backup.wait().success(), "a backup was done by a service that was killed");
-    }
-    let _service = sandbox.start(&["serve"]);
-    wait_until("the service answers again", || {
-        let socket = sandbox.name("state/lifeboat.sock");
-        tool_output("curl", &["--silent", "--unix-socket", &socket, "http://l/healthz"]).status.success()
-    });
-    let jobs = owner(&sandbox, "/api/v1/jobs");
-    let told: Vec<(u64, &str, &str)> = jobs
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|job| (job["id"].as_u64().unwrap(), job["machine"].as_str().unwrap(), job["state"].as_str().unwrap()))
-        .collect();
-    assert_eq!(told[0], (1, "web01", "done"), "{jobs}");
-    assert!(told.len() == 4 && told[1..].iter().all(|(_, _, state)| *state == "interrupted"), "{jobs}");
-    assert_eq!(sandbox.json(&["points"]).as_array().unwrap().len(), 1);
-    sandbox.ok(&["backup", "web01", &sandbox.name("disk.raw")]);
-    assert_eq!(owner(&sandbox, "/api/v1/jobs/5")["state"], "done");
-    assert!(sandbox.json(&["audit", "verify"])["ok"].as_bool().unwrap());
 }
 
 #[test]

@@ -105,6 +105,8 @@ tokio::task_local! {
 pub struct Origin {
     /// Who asks.
     pub who: String,
+    /// The request's key, if it is not to be carried out twice.
+    pub key: Option<String>,
 }
 
 impl Origin {
@@ -115,7 +117,7 @@ impl Origin {
 
     /// The one of the request that is being answered; the owner's where there is none.
     pub fn current() -> Origin {
-        ORIGIN.try_with(Clone::clone).unwrap_or_else(|_| Origin { who: Caller::Owner.to_string() })
+        ORIGIN.try_with(Clone::clone).unwrap_or_else(|_| Origin { who: Caller::Owner.to_string(), key: None })
     }
 }
 

@@ -173,7 +173,7 @@ impl Pass {
         let who = caller.to_string();
         let once = app.keys.once(&caller, request, |request| next.run(request));
         let once = async { once.await.unwrap_or_else(IntoResponse::into_response) };
-        let answer = Origin { who: who.clone() }.scope(once);
+        let answer = Origin { who: who.clone(), key: None }.scope(once);
         match self.audited {
             true => recorded(&app, &caller, who, named, answer).await,
             false => Ok(answer.await),

@@ -28,6 +28,8 @@ pub(super) struct Started {
     pub machine: Option<String>,
     pub by: String,
     pub time: DateTime<Utc>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
 }
 
 /// That it ended, and how.
@@ -200,6 +202,7 @@ mod tests {
             machine: Some("a".into()),
             by: "owner".into(),
             time,
+            key: None,
         }
     }
 

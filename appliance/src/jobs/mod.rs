@@ -121,6 +121,8 @@ pub struct Job {
     kind: String,
     subject: Subject,
     by: String,
+    /// Of the request that started it.
+    key: Option<String>,
     started: DateTime<Utc>,
     clock: Instant,
     ended_after: Mutex<Option<f64>>,
@@ -180,6 +182,7 @@ impl Job {
             kind: started.kind,
             subject: Subject { text: started.subject, machine: started.machine },
             by: started.by,
+            key: started.key,
             started: started.time,
             clock: Instant::now(),
             ended_after: Mutex::new(Some(ended.seconds)),
@@ -192,7 +195,8 @@ impl Job {
     /// What the log says of it.
     fn logged(&self) -> (Started, Ended) {
         let JobView { id, kind, subject, machine, by, started, seconds, progress, outcome } = self.view();
-        (Started { id, kind, subject, machine, by, time: started }, Ended { id, seconds, progress, outcome })
+        let started = Started { id, kind, subject, machine, by, time: started, key: self.key.clone() };
+        (started, Ended { id, seconds, progress, outcome })
     }
 
     /// For a person.
@@ -273,11 +277,13 @@ impl Jobs {
         subject: impl Into<Subject>,
         work: impl FnOnce(&Arc<Progress>) -> Result<Value, Problem> + Send + 'static,
     ) -> Arc<Job> {
+        let origin = Origin::current();
         let job = Arc::new(Job {
             id: self.last.fetch_add(1, Ordering::Relaxed) + 1,
             kind: kind.to_owned(),
             subject: subject.into(),
-            by: Origin::current().who,
+            by: origin.who,
+            key: origin.key,
             started: Utc::now(),
             clock: Instant::now(),
             ended_after: Mutex::new(None),
@@ -350,6 +356,11 @@ impl Jobs {
     /// The job with number `id`.
     pub fn get(&self, id: u64) -> Result<Arc<Job>, Problem> {
         self.lock().get(&id).cloned().ok_or_else(|| Jobs::missing(id))
+    }
+
+    /// The job that the request with this key has started.
+    pub fn of_request(&self, key: &str) -> Option<Arc<Job>> {
+        self.lock().values().find(|job| job.key.as_deref() == Some(key)).cloned()
     }
 
     /// What to say when there is no job with number `id`.
@@ -442,7 +453,15 @@ mod tests {
         let (mut log, _) = Log::open(dir.path().join("jobs"));
         assert!(!log.is_long());
         let (started, ended) = Job::of_past(
-            Started { id: 1, kind: "k".into(), subject: "s".into(), machine: None, by: "b".into(), time: Utc::now() },
+            Started {
+                id: 1,
+                kind: "k".into(),
+                subject: "s".into(),
+                machine: None,
+                by: "b".into(),
+                time: Utc::now(),
+                key: None,
+            },
             Ended { id: 1, seconds: 0.0, progress: ProgressView::default(), outcome: Outcome::Interrupted },
         )
         .logged();
