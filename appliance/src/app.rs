@@ -209,7 +209,7 @@ impl App {
     }
 
     /// All recovery points that can be read, oldest first.
-    pub fn points(&self) -> Result<Vec<PointSummary>, Problem> {
+    pub fn points(&self) -> Result<Vec<Arc<PointSummary>>, Problem> {
         self.listing().map(|listing| listing.points)
     }
 

@@ -131,7 +131,7 @@ pub fn forget(app: &App, caller: &Caller, spec: &str, newest_too: bool) -> Resul
     let mut heir = None;
     if let Some(summary) = &named.summary {
         let newest = app.points()?.into_iter().rfind(|point| point.machine == summary.machine);
-        let newest = newest.map_or_else(|| named.id.clone(), |newest| newest.id);
+        let newest = newest.map_or_else(|| named.id.clone(), |newest| newest.id.clone());
         if newest == named.id && !newest_too {
             return Err(Problem::refused(format!("{title}: it is the newest of this machine"))
                 .hint("with --newest it is forgotten all the same"));

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
+use blockstore::CacheUse;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -13,7 +15,7 @@ use crate::app::App;
 use crate::catalog::PointSummary;
 use crate::jobs::{JobView, Totals};
 use crate::problem::Problem;
-use crate::recovery::RecoveryView;
+use crate::recovery::{RecoveryView, RehydrationView};
 use crate::schedule::{RunResult, ScheduleView};
 
 /// Label names and values.
@@ -41,12 +43,13 @@ pub struct House(Vec<Metric>);
 /// What they are made of.
 #[derive(Debug, Default)]
 struct Looked {
-    points: Vec<PointSummary>,
+    points: Vec<Arc<PointSummary>>,
     running: Vec<JobView>,
     totals: BTreeMap<(String, &'static str), Totals>,
     recoveries: Vec<RecoveryView>,
     schedules: Vec<ScheduleView>,
     free: Vec<(&'static str, u64)>,
+    cache: Option<CacheUse>,
 }
 
 impl House {
@@ -65,6 +68,7 @@ impl House {
             recoveries: app.recoveries.list(),
             schedules: schedules.map_or(Vec::new(), |schedules| schedules.list()),
             free: free.collect(),
+            cache: Some(app.repository.cache_use()),
         }))
     }
 
@@ -75,6 +79,7 @@ impl House {
             gauge("lifeboat_build", "The program", info),
             gauge("lifeboat_free_bytes", "Free space where the repository and the state folder lie", free),
         ];
+        metrics.extend(repository(&looked.points, looked.cache));
         metrics.extend(machines(&looked.points));
         metrics.extend(jobs(&looked.running, &looked.totals));
         metrics.extend(recoveries(&looked.recoveries));
@@ -101,13 +106,49 @@ fn seconds(time: chrono::DateTime<chrono::Utc>) -> f64 {
     time.timestamp_millis() as f64 / 1000.0
 }
 
-fn machines(points: &[PointSummary]) -> [Metric; 5] {
+/// When a drill began, as its summary says.
+fn seconds_of(drill: &serde_json::Value) -> Option<f64> {
+    let time = chrono::DateTime::parse_from_rfc3339(drill["time"].as_str()?).ok()?;
+    Some(seconds(time.to_utc()))
+}
+
+fn repository(points: &[Arc<PointSummary>], cache: Option<CacheUse>) -> [Metric; 3] {
+    let sum =
+        |value: fn(&PointSummary) -> u64| points.iter().fold(0_u64, |sum, point| sum.saturating_add(value(point)));
+    let (size, stored) = (sum(|point| point.size), sum(|point| point.stored));
+    let ratio = (stored > 0).then(|| (Vec::new(), float(size) / float(stored)));
+    let used = cache.into_iter().flat_map(|cache| {
+        [("used", cache.used), ("room", cache.capacity)].map(|(of, bytes)| (vec![("of", of.to_owned())], float(bytes)))
+    });
+    let fetched = cache.map(|cache| (Vec::new(), float(cache.fetched)));
+    [
+        gauge(
+            "lifeboat_dedup_ratio",
+            "Bytes of the disks of all points for each byte that was stored for them",
+            ratio.into_iter().collect(),
+        ),
+        gauge(
+            "lifeboat_cache_bytes",
+            "Memory for decoded chunks: what is used, and what there is room for",
+            used.collect(),
+        ),
+        counter(
+            "lifeboat_cache_fetched_chunks",
+            "Chunks that were not in memory when they were wanted",
+            fetched.into_iter().collect(),
+        ),
+    ]
+}
+
+fn machines(points: &[Arc<PointSummary>]) -> [Metric; 8] {
     #[derive(Default)]
-    struct Machine {
+    struct Machine<'a> {
         points: u64,
         stored: u64,
-        newest: Option<PointSummary>,
+        newest: Option<&'a PointSummary>,
         verified: Option<f64>,
+        drill: Option<&'a serde_json::Value>,
+        recovery_ms: Option<u64>,
     }
     let mut machines: BTreeMap<&str, Machine> = BTreeMap::new();
     for point in points {
@@ -115,10 +156,14 @@ fn machines(points: &[PointSummary]) -> [Metric; 5] {
         machine.points += 1;
         machine.stored += point.stored;
         if machine.newest.as_ref().is_none_or(|newest| newest.time <= point.time) {
-            machine.newest = Some(point.clone());
+            machine.newest = Some(point);
         }
+        // Points stand in the order of their times.
+        machine.drill = point.drill.as_ref().or(machine.drill);
         if point.came_up() == Some(true) {
             machine.verified = Some(machine.verified.unwrap_or(0.0).max(seconds(point.time)));
+            let recovery = point.drill.as_ref().and_then(|drill| drill["rto_ms"].as_u64());
+            machine.recovery_ms = recovery.or(machine.recovery_ms);
         }
     }
     let each = |value: &dyn Fn(&Machine) -> Option<f64>| {
@@ -148,6 +193,21 @@ fn machines(points: &[PointSummary]) -> [Metric; 5] {
             "lifeboat_machine_newest_verified_point_timestamp_seconds",
             "When the newest point of a machine was made that a drill has booted",
             each(&|machine| machine.verified),
+        ),
+        gauge(
+            "lifeboat_machine_drill_passed",
+            "Whether the newest point of a machine that was drilled came up",
+            each(&|machine| Some(if machine.drill?["result"] == "passed" { 1.0 } else { 0.0 })),
+        ),
+        gauge(
+            "lifeboat_machine_drill_timestamp_seconds",
+            "When that drill began",
+            each(&|machine| seconds_of(machine.drill?)),
+        ),
+        gauge(
+            "lifeboat_machine_recovery_seconds",
+            "The measured recovery time of the newest point that came up",
+            each(&|machine| Some(float(machine.recovery_ms?) / 1000.0)),
         ),
     ]
 }
@@ -179,13 +239,19 @@ fn jobs(running: &[JobView], totals: &BTreeMap<(String, &'static str), Totals>) 
     ]
 }
 
-fn recoveries(views: &[RecoveryView]) -> [Metric; 4] {
+fn recoveries(views: &[RecoveryView]) -> [Metric; 6] {
     let mut states: BTreeMap<String, u64> = BTreeMap::new();
     for view in views {
         let state = serde_json::to_value(view.state).ok().and_then(|state| Some(state.as_str()?.to_owned()));
         *states.entry(state.unwrap_or_default()).or_default() += 1;
     }
     let states = states.into_iter().map(|(state, count)| (vec![("state", state)], float(count))).collect();
+    let copying = |value: fn(&RehydrationView) -> u64| {
+        let values = views
+            .iter()
+            .filter_map(|view| Some((vec![("recovery", view.name.clone())], float(value(view.rehydration.as_ref()?)))));
+        values.collect::<Vec<_>>()
+    };
     let disks = |value: fn(&crate::recovery::DiskView) -> u64| {
         let values = views.iter().flat_map(|view| {
             view.disks.iter().map(move |disk| {
@@ -201,6 +267,16 @@ fn recoveries(views: &[RecoveryView]) -> [Metric; 4] {
             "lifeboat_recovery_hydrated_bytes",
             "Bytes of it that are on production storage",
             disks(|disk| disk.hydrated),
+        ),
+        gauge(
+            "lifeboat_recovery_rehydration_bytes_per_second",
+            "How fast it is moved to production storage",
+            copying(|rehydration| rehydration.rate),
+        ),
+        gauge(
+            "lifeboat_recovery_rehydration_left_bytes",
+            "What is still to be moved",
+            copying(|rehydration| rehydration.left),
         ),
         gauge("lifeboat_recovery_overlay_bytes", "Bytes that its guest has written", disks(|disk| disk.overlay)),
     ]
@@ -271,7 +347,7 @@ mod tests {
             protected: false,
             protected_until: None,
             protection_damaged: false,
-            drill: drill.map(|result| json!({ "result": result })),
+            drill: drill.map(|result| json!({ "result": result, "rto_ms": 4200, "time": "2026-11-21T06:00:00Z" })),
             damaged: None,
         }
     }
@@ -282,8 +358,8 @@ mod tests {
 
     #[test]
     fn machines_are_told_with_the_age_of_their_newest_and_their_newest_verified_point() {
-        let points =
-            vec![point("web01", 30, Some("passed")), point("web01", 6, Some("failed")), point("db01", 1, None)];
+        let points = [("web01", 30, Some("passed")), ("web01", 6, Some("failed")), ("db01", 1, None)];
+        let points = points.map(|(machine, age, drill)| Arc::new(point(machine, age, drill))).to_vec();
         let (verified, newest) = (seconds(points[0].time), seconds(points[1].time));
         let text = text(&Looked { points, ..Looked::default() });
         for line in [
@@ -291,6 +367,10 @@ mod tests {
             "lifeboat_machine_stored_bytes{machine=\"web01\"} 20.0".to_owned(),
             format!("lifeboat_machine_newest_point_timestamp_seconds{{machine=\"web01\"}} {newest:?}"),
             format!("lifeboat_machine_newest_verified_point_timestamp_seconds{{machine=\"web01\"}} {verified:?}"),
+            "lifeboat_machine_drill_passed{machine=\"web01\"} 0.0".to_owned(),
+            "lifeboat_machine_drill_timestamp_seconds{machine=\"web01\"} 1795240800.0".to_owned(),
+            "lifeboat_machine_recovery_seconds{machine=\"web01\"} 4.2".to_owned(),
+            "lifeboat_dedup_ratio{} 100.0".to_owned(),
         ] {
             assert!(text.contains(&line), "{line} is not in {text}");
         }

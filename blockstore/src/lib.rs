@@ -44,7 +44,7 @@ pub use lease::{Lease, LeaseError, LeaseKind, LeaseState};
 pub use mapping::Mapping;
 pub use point::{Consistency, PointStats, PointedDisk, RecoveryPoint};
 pub use progress::Progress;
-pub use read::{Locality, PointDisk};
+pub use read::{CacheUse, Locality, PointDisk};
 pub use repository::{
     Affected, Damage, DataCheck, InitError, KeyError, KeySlot, OpenError, PointError, Protected, RepairError,
     RepairImage, RepairReport, RepairSources, Repository, RepositoryStats, Rotated, SlotKind, SlotState, VerifyError,

@@ -30,6 +30,7 @@ use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
+use futures_util::future::Either;
 use serde::{Deserialize, Serialize};
 
 use self::extract::{Body, Path, Query};
@@ -40,7 +41,7 @@ use crate::admission::{Capacity, Terms};
 use crate::app::App;
 use crate::audit::About;
 use crate::capture::{self, BackupRequest};
-use crate::catalog::{ListedPoint, Listing};
+use crate::catalog::{DamagedPoint, ListedPoint, Listing, PointSummary};
 use crate::jobs::{Job, JobView, Jobs, Subject};
 use crate::metrics::House;
 use crate::problem::Problem;
@@ -240,26 +241,26 @@ async fn list_machines(Query(query): Query<MachinesQuery>) -> Answer<Vec<capture
 }
 
 async fn list_points(State(app): Shared, caller: Caller, Query(query): Query<PointsQuery>) -> Answer<Vec<ListedPoint>> {
-    let Listing { mut points, damaged } = blocking(move || app.listing_for(&caller)).await?;
-    let Some(machine) = query.machine else {
-        let points = points.into_iter().map(ListedPoint::Whole);
-        let all = points.chain(damaged.into_iter().map(ListedPoint::Damaged)).collect();
-        return query.page.of(all, point_id).map(Json);
+    let Listing { mut points, mut damaged } = blocking(move || app.listing_for(&caller)).await?;
+    if let Some(machine) = &query.machine {
+        points.retain(|point| point.machine == *machine);
+        // Whose they are, nobody knows.
+        damaged.clear();
+        if points.is_empty() {
+            return Err(Problem::not_found(format!("machine {machine} has no recovery point"))
+                .hint("`lifeboat points` lists all machines"));
+        }
+    }
+    let all = points.into_iter().map(Either::Left).chain(damaged.into_iter().map(Either::Right)).collect();
+    let id = |point: &Either<Arc<PointSummary>, DamagedPoint>| match point {
+        Either::Left(point) => point.id.clone(),
+        Either::Right(point) => point.id.clone(),
     };
-    // Whose the damaged ones are, nobody knows.
-    points.retain(|point| point.machine == machine);
-    if points.is_empty() {
-        return Err(Problem::not_found(format!("machine {machine} has no recovery point"))
-            .hint("`lifeboat points` lists all machines"));
-    }
-    query.page.of(points.into_iter().map(ListedPoint::Whole).collect(), point_id).map(Json)
-}
-
-fn point_id(point: &ListedPoint) -> String {
-    match point {
-        ListedPoint::Whole(point) => point.id.clone(),
-        ListedPoint::Damaged(point) => point.id.clone(),
-    }
+    let listed = |point| match point {
+        Either::Left(point) => ListedPoint::Whole(Arc::unwrap_or_clone(point)),
+        Either::Right(point) => ListedPoint::Damaged(point),
+    };
+    Ok(Json(query.page.of(all, id)?.into_iter().map(listed).collect()))
 }
 
 async fn show_point(State(app): Shared, caller: Caller, Path(point): Path<String>) -> Answer<inspect::PointDetail> {

@@ -5,6 +5,7 @@ pub mod spec;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use blockstore::error::ReadError;
@@ -78,6 +79,24 @@ pub struct DamagedPoint {
     pub damaged: String,
 }
 
+impl DamagedPoint {
+    fn of(id: RecoveryPointId, protected: bool, error: &ReadError) -> DamagedPoint {
+        DamagedPoint {
+            id: id.to_string(),
+            machine: None,
+            time: None,
+            disks: Vec::new(),
+            size: 0,
+            stored: 0,
+            labels: BTreeMap::new(),
+            consistency: None,
+            protected,
+            drill: None,
+            damaged: crate::problem::chain(error),
+        }
+    }
+}
+
 /// A point of either kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -92,7 +111,7 @@ pub enum ListedPoint {
 #[derive(Debug, Clone, Default)]
 pub struct Listing {
     /// Those that can be read, oldest first.
-    pub points: Vec<PointSummary>,
+    pub points: Vec<Arc<PointSummary>>,
     /// Those that cannot, by id.
     pub damaged: Vec<DamagedPoint>,
 }
@@ -190,13 +209,26 @@ pub struct Catalog {
     path: PathBuf,
     points: sled::Tree,
     drills: sled::Tree,
+    /// What was listed last, while this process runs.
+    last: Mutex<Last>,
+}
+
+/// A listing, and how long it stands.
+#[derive(Debug, Default)]
+struct Last {
+    /// What the repository was marked with; absent if that was not known.
+    mark: Option<[u64; 3]>,
+    /// Seconds of the first protection that ends.
+    until: u64,
+    listing: Listing,
+    known: HashMap<RecoveryPointId, Arc<PointSummary>>,
 }
 
 impl Catalog {
     /// Opens the catalog in folder `path`, and begins an empty one where there is none or it is damaged.
     pub fn open(path: &Path) -> Result<Catalog, Problem> {
         match open_patiently(path) {
-            Ok((points, drills)) => Ok(Catalog { path: path.to_owned(), points, drills }),
+            Ok((points, drills)) => Ok(Catalog::of(path, points, drills)),
             Err(error) => {
                 let aside = set_aside(path)
                     .map_err(|error| Problem::failed(format!("cannot set aside catalog {}", path.display()), &error))?;
@@ -206,14 +238,36 @@ impl Catalog {
                 );
                 let (points, drills) = open_trees(path)
                     .map_err(|error| Problem::failed(format!("cannot make catalog {}", path.display()), &error))?;
-                Ok(Catalog { path: path.to_owned(), points, drills })
+                Ok(Catalog::of(path, points, drills))
             }
         }
+    }
+
+    fn of(path: &Path, points: sled::Tree, drills: sled::Tree) -> Catalog {
+        Catalog { path: path.to_owned(), points, drills, last: Mutex::default() }
     }
 
     /// The recovery points of the repository, after taking up what has come and gone there. One that cannot be read
     /// hides no other.
     pub fn listing(&self, repository: &Repository) -> Result<Listing, Problem> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        // Asked for before it is looked: what changes meanwhile is seen next time.
+        let mark = repository.mark();
+        let now = crate::forget::now();
+        if mark.is_none() || mark != last.mark || now >= last.until {
+            *last = self.look(repository, &last.known, now)?;
+            // One that is damaged may be put back in its place, which no mark shows.
+            last.mark = mark.filter(|_| last.listing.damaged.is_empty());
+        }
+        Ok(last.listing.clone())
+    }
+
+    fn look(
+        &self,
+        repository: &Repository,
+        known: &HashMap<RecoveryPointId, Arc<PointSummary>>,
+        now: u64,
+    ) -> Result<Last, Problem> {
         let ids =
             repository.list_points().map_err(|error| Problem::from_read("cannot list recovery points", &error))?;
         // Only for show: the store looks for itself before it forgets. It must not keep anybody from recovering.
@@ -227,38 +281,58 @@ impl Catalog {
             Vec::new()
         });
         let drills = newest_first(drills);
-        let now = crate::forget::now();
-        let mut listing = Listing { points: Vec::with_capacity(ids.len()), damaged: Vec::new() };
-        let mut known = HashSet::with_capacity(ids.len());
-        for id in ids {
-            known.insert(id);
-            let protected = protections.get(&id).filter(|protected| protected.holds_at(now));
-            match self.load(repository, id) {
+        let ends = protections.values().filter_map(|protected| match protected {
+            Protected::Until(until) if *until > now => Some(*until),
+            _ => None,
+        });
+        let mut found = Last { until: ends.min().unwrap_or(u64::MAX), ..Last::default() };
+        found.known.reserve(ids.len());
+        found.listing.points.reserve(ids.len());
+        for id in &ids {
+            let protected = protections.get(id).filter(|protected| protected.holds_at(now));
+            let drill = drills.get(id).and_then(|drills| self.newest_drill(repository, drills));
+            match self.summary(repository, known, *id, protected, drill) {
                 Ok(point) => {
-                    let drill = drills.get(&id).and_then(|drills| self.newest_drill(repository, drills));
-                    listing.points.push(PointSummary { drill, ..point.with_protection(protected) });
+                    found.known.insert(*id, point.clone());
+                    found.listing.points.push(point);
                 }
                 Err(ReadError::NoSuchPoint { .. }) => {} // forgotten since the listing
-                Err(error) => listing.damaged.push(DamagedPoint {
-                    id: id.to_string(),
-                    machine: None,
-                    time: None,
-                    disks: Vec::new(),
-                    size: 0,
-                    stored: 0,
-                    labels: BTreeMap::new(),
-                    consistency: None,
-                    protected: protected.is_some(),
-                    drill: None,
-                    damaged: crate::problem::chain(&error),
-                }),
+                Err(error) => found.listing.damaged.push(DamagedPoint::of(*id, protected.is_some(), &error)),
             }
         }
-        forget_others(&self.points, &known.iter().map(ToString::to_string).collect());
+        let gone: Vec<String> =
+            known.keys().filter(|id| !found.known.contains_key(id)).map(ToString::to_string).collect();
+        for id in gone {
+            // What cannot be removed is looked up and left out again next time.
+            let _ = self.points.remove(id);
+        }
+        if known.is_empty() {
+            forget_others(&self.points, &ids.iter().map(ToString::to_string).collect());
+        }
         forget_others(&self.drills, &drills.values().flatten().map(ToString::to_string).collect());
-        listing.points.sort_by(|a, b| (a.time, &a.id).cmp(&(b.time, &b.id)));
-        listing.damaged.sort_by(|a, b| a.id.cmp(&b.id));
-        Ok(listing)
+        found.listing.points.sort_by(|a, b| (a.time, &a.id).cmp(&(b.time, &b.id)));
+        found.listing.damaged.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(found)
+    }
+
+    /// A point as it is listed: the one that was listed before, if it still is what is to be said.
+    fn summary(
+        &self,
+        repository: &Repository,
+        known: &HashMap<RecoveryPointId, Arc<PointSummary>>,
+        id: RecoveryPointId,
+        protected: Option<&Protected>,
+        drill: Option<serde_json::Value>,
+    ) -> Result<Arc<PointSummary>, ReadError> {
+        let Some(before) = known.get(&id) else {
+            let point = self.load(repository, id)?.with_protection(protected);
+            return Ok(Arc::new(PointSummary { drill, ..point }));
+        };
+        if protected.is_none() && !before.protected && drill == before.drill {
+            return Ok(before.clone());
+        }
+        let point = PointSummary::clone(before).with_protection(protected);
+        Ok(Arc::new(PointSummary { drill, ..point }))
     }
 
     fn load(&self, repository: &Repository, id: RecoveryPointId) -> Result<PointSummary, ReadError> {

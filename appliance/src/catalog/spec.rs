@@ -1,5 +1,7 @@
 //! How a person names a recovery point: an id prefix, `MACHINE`, `MACHINE~1` or `MACHINE@TIME`.
 
+use std::sync::Arc;
+
 use chrono::{DateTime, Local, NaiveDate, NaiveDateTime, TimeZone, Utc};
 
 use super::PointSummary;
@@ -11,12 +13,13 @@ pub const PREFIX_MIN: usize = 4;
 const NAMED_MAX: usize = 5;
 
 /// Finds the point that `spec` names among `points`, which are sorted oldest first.
-pub fn resolve<'a>(points: &'a [PointSummary], spec: &str) -> Result<&'a PointSummary, Problem> {
+pub fn resolve<'a>(points: &'a [Arc<PointSummary>], spec: &str) -> Result<&'a PointSummary, Problem> {
     if spec.is_empty() {
         return Err(Problem::usage("a recovery point needs a name")
             .hint("use an id prefix, MACHINE, MACHINE~1 or MACHINE@TIME; `lifeboat points` lists them"));
     }
-    let of = |machine: &str| points.iter().filter(|point| point.machine == machine).collect::<Vec<_>>();
+    let of =
+        |machine: &str| points.iter().map(Arc::as_ref).filter(|point| point.machine == machine).collect::<Vec<_>>();
     let newest = of(spec);
     if let Some(point) = newest.last() {
         return Ok(point);
@@ -63,7 +66,7 @@ fn at_time<'a>(points: &[&'a PointSummary], machine: &str, time: &str) -> Result
     })
 }
 
-fn by_prefix<'a>(points: &'a [PointSummary], spec: &str) -> Result<&'a PointSummary, Problem> {
+fn by_prefix<'a>(points: &'a [Arc<PointSummary>], spec: &str) -> Result<&'a PointSummary, Problem> {
     let not_found = || {
         Problem::not_found(format!("no recovery point or machine is called `{spec}`"))
             .hint("`lifeboat points` lists the recovery points")
@@ -72,7 +75,7 @@ fn by_prefix<'a>(points: &'a [PointSummary], spec: &str) -> Result<&'a PointSumm
     if !prefix.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(not_found());
     }
-    let found: Vec<_> = points.iter().filter(|point| point.id.starts_with(&prefix)).collect();
+    let found: Vec<_> = points.iter().map(Arc::as_ref).filter(|point| point.id.starts_with(&prefix)).collect();
     match found.as_slice() {
         [] => Err(not_found()),
         [_] if prefix.len() < PREFIX_MIN => {
@@ -137,16 +140,16 @@ mod tests {
     use super::*;
     use crate::problem::Kind;
 
-    fn point(id: &str, machine: &str, time: &str) -> PointSummary {
-        PointSummary {
+    fn point(id: &str, machine: &str, time: &str) -> Arc<PointSummary> {
+        Arc::new(PointSummary {
             id: id.into(),
             machine: machine.into(),
             time: DateTime::parse_from_rfc3339(time).unwrap().to_utc(),
             ..PointSummary::example()
-        }
+        })
     }
 
-    fn points() -> Vec<PointSummary> {
+    fn points() -> Vec<Arc<PointSummary>> {
         vec![
             point("abcd1111", "web01", "2026-11-19T10:00:00Z"),
             point("abcd2222", "db", "2026-11-19T11:00:00Z"),

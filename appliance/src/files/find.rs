@@ -4,6 +4,7 @@ use globset::{GlobBuilder, GlobMatcher};
 use images::fs::{Walk, WalkStep, find_path};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 
 use super::answer::{Line, show};
 use super::list::{file, from_fs};
@@ -98,7 +99,7 @@ pub fn find(disks: &Disks, within: &Within, glob: &str, tell: &mut dyn FnMut(Lin
 
 /// Tells `tell` of the file at a place in each of these points, newest first. A point that does not have it is passed over.
 pub fn versions(
-    points: &[PointSummary],
+    points: &[Arc<PointSummary>],
     open: &dyn Fn(&PointSummary) -> Result<Disks, Problem>,
     within: &Within,
     tell: &mut dyn FnMut(Line) -> bool,

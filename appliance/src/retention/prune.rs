@@ -1,6 +1,7 @@
 //! `prune`: decides, tells why, and forgets.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use chrono::{DateTime, Local, Utc};
 use serde::{Deserialize, Serialize};
@@ -107,18 +108,22 @@ pub fn prune(app: &App, request: &PruneRequest) -> Result<PruneResult, Problem> 
     }
     let now = Utc::now();
     let uses = Uses::of(app)?;
-    let candidates: Vec<Candidate> = listing.points.iter().map(|point| candidate(point, &uses, now)).collect();
+    // Groups are of one machine each, so the others' points have no part in it.
+    let wanted = |machine: &str| request.machines.is_empty() || request.machines.contains(machine);
+    let points: Vec<&PointSummary> =
+        listing.points.iter().map(Arc::as_ref).filter(|point| wanted(&point.machine)).collect();
+    let candidates: Vec<Candidate> = points.iter().map(|point| candidate(point, &uses, now)).collect();
     let filter = Filter {
         machines: request.machines.clone(),
         labels: request.labels.clone(),
         group_by: request.group_by.clone(),
     };
     let decisions = decide(&candidates, &request.rules, &filter, now, &Local);
-    let mut told: Vec<Told> = decisions.iter().map(|decision| tell(&listing.points[decision.at], decision)).collect();
+    let mut told: Vec<Told> = decisions.iter().map(|decision| tell(points[decision.at], decision)).collect();
     if !request.dry_run {
         // The points are listed oldest first, and so are the decisions.
         for (decision, told) in decisions.iter().zip(&mut told).filter(|(decision, _)| decision.keep.is_empty()) {
-            let heir = &listing.points[decision.newest].id;
+            let heir = &points[decision.newest].id;
             match forget::forget_one(app, &told.id, Some(heir)) {
                 Ok(()) => told.fate = Fate::Forgotten,
                 Err(problem) => {

@@ -187,24 +187,23 @@ struct Newest {
 /// one that came up; of the others, the newest one that did not fail a drill.
 fn newest_verified<'a>(
     policies: &'a BTreeMap<String, Arc<Policy>>,
-    points: &'a [PointSummary],
+    points: &'a [Arc<PointSummary>],
 ) -> BTreeMap<&'a str, Newest> {
     let drilled = |machine: &str| policies.values().any(|policy| policy.drills(machine));
     let begin = |machine: &str| Newest { time: None, drilled: drilled(machine) };
-    let mut newest: BTreeMap<&str, Newest> =
-        policies.values().flat_map(|policy| policy.named()).map(|machine| (machine, begin(machine))).collect();
+    // Each machine is judged once: there may be many points.
+    let mut machines: BTreeMap<&str, Option<Newest>> =
+        policies.values().flat_map(|policy| policy.named()).map(|machine| (machine, Some(begin(machine)))).collect();
     for point in points {
         let machine = point.machine.as_str();
-        if !newest.contains_key(machine) && policies.values().any(|policy| policy.covers(machine)) {
-            newest.insert(machine, begin(machine));
-        }
-        let Some(newest) = newest.get_mut(machine) else { continue };
+        let covered = || policies.values().any(|policy| policy.covers(machine)).then(|| begin(machine));
+        let Some(newest) = machines.entry(machine).or_insert_with(covered) else { continue };
         let counts = if newest.drilled { point.came_up() == Some(true) } else { point.came_up() != Some(false) };
         if counts {
             newest.time = newest.time.max(Some(point.time));
         }
     }
-    newest
+    machines.into_iter().filter_map(|(machine, newest)| Some((machine, newest?))).collect()
 }
 
 fn stale(machine: &str, newest: Newest, age: Duration, now: DateTime<Utc>) -> Option<(String, Alert)> {
@@ -327,12 +326,13 @@ mod tests {
         let drills = policy("schedule = \"0 5 * * 0\"\n[drill]\nmachines = [\"web*\"]");
         let policies = BTreeMap::from([("daily".to_owned(), daily), ("drills".to_owned(), drills)]);
         let now = Utc::now();
-        let point = |machine: &str, hours: i64, drill: Option<&str>| PointSummary {
+        let summary = |machine: &str, hours: i64, drill: Option<&str>| PointSummary {
             machine: machine.into(),
             time: now - TimeDelta::hours(hours),
             drill: drill.map(|result| serde_json::json!({ "result": result })),
             ..PointSummary::example()
         };
+        let point = |machine: &str, hours: i64, drill: Option<&str>| Arc::new(summary(machine, hours, drill));
         let points = [
             point("web01", 50, Some("passed")),
             point("web01", 2, None),

@@ -2,6 +2,7 @@
 //! of manifest nodes.
 
 use std::hash::{Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -39,17 +40,36 @@ impl Weighter<NodeKey, Node> for ByBytes {
 #[derive(Debug)]
 pub(crate) struct ChunkCache {
     chunks: Cache<ChunkId, Bytes, ByBytes, IdHash>,
+    fetched: AtomicU64,
+}
+
+/// How a chunk cache is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheUse {
+    /// Bytes there is room for.
+    pub capacity: u64,
+    /// Bytes in use.
+    pub used: u64,
+    /// Chunks that were not there when they were wanted, since the repository was opened.
+    pub fetched: u64,
 }
 
 impl ChunkCache {
     pub fn new(bytes: u64, chunk_size: u64) -> ChunkCache {
         let items = usize::try_from(bytes / chunk_size).unwrap_or(usize::MAX).clamp(16, 1 << 24);
-        ChunkCache { chunks: Cache::with(items, bytes, ByBytes, IdHash::default(), Default::default()) }
+        let chunks = Cache::with(items, bytes, ByBytes, IdHash::default(), Default::default());
+        ChunkCache { chunks, fetched: AtomicU64::new(0) }
     }
 
     /// How many bytes there is room for.
     pub fn capacity(&self) -> u64 {
         self.chunks.capacity()
+    }
+
+    /// How it is used.
+    pub fn usage(&self) -> CacheUse {
+        let fetched = self.fetched.load(Ordering::Relaxed);
+        CacheUse { capacity: self.chunks.capacity(), used: self.chunks.weight(), fetched }
     }
 
     /// Whether reading ahead makes sense: what is read must still be there when it is wanted.
@@ -87,6 +107,7 @@ impl ChunkCache {
                     }
                     let missing = ids.get(at..at + guards.len()).unwrap_or_default();
                     at += guards.len();
+                    self.fetched.fetch_add(guards.len() as u64, Ordering::Relaxed);
                     for (fetched, guard) in fetcher.chunks(missing).into_iter().zip(guards) {
                         let chunk = fetched?; // the other guards are dropped: whoever waits fetches for himself
                         let _ = guard.insert(chunk.clone()); // fails only if the entry was removed meanwhile
@@ -95,6 +116,7 @@ impl ChunkCache {
                 }
                 // Without a time limit there is no timeout; fetching alone is right all the same.
                 GuardResult::Timeout => {
+                    self.fetched.fetch_add(1, Ordering::Relaxed);
                     out.push(fetcher.chunk(id)?);
                     at += 1;
                 }

@@ -9,6 +9,7 @@ mod manifest;
 #[cfg(test)]
 mod tests;
 
+pub use cache::CacheUse;
 pub use disk::PointDisk;
 pub use locality::Locality;
 pub(crate) use locality::locality;

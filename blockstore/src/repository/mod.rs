@@ -41,7 +41,7 @@ use crate::keys::{MIN_KEY_FILE_LEN, random};
 use crate::pack::fetch::Fetcher;
 use crate::point::RecoveryPoint;
 use crate::progress::Progress;
-use crate::read::{Locality, PointDisk, ReadShared};
+use crate::read::{CacheUse, Locality, PointDisk, ReadShared};
 use crate::storage::{Object, ObjectKind, Storage};
 
 /// An open repository. Cheap to clone; all clones share one cache.
@@ -103,6 +103,11 @@ impl Repository {
         self.fetcher().config.chunk_size
     }
 
+    /// How the chunk cache is used.
+    pub fn cache_use(&self) -> CacheUse {
+        self.shared.cache.usage()
+    }
+
     /// Memory in bytes for decoded chunks.
     pub fn cache_bytes(&self) -> u64 {
         self.shared.cache.capacity()
@@ -122,6 +127,14 @@ impl Repository {
             _ => None,
         });
         Ok(ids.collect())
+    }
+
+    /// Something that is another as soon as a recovery point, a protection or a drill has come, gone or been replaced;
+    /// nothing where that is not known.
+    pub fn mark(&self) -> Option<[u64; 3]> {
+        let [points, protections, drills] =
+            [ObjectKind::Point, ObjectKind::Protection, ObjectKind::Drill].map(|kind| self.storage().mark(kind));
+        Some([points?, protections?, drills?])
     }
 
     /// Reads a recovery point and checks it against its id.

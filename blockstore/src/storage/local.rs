@@ -1,11 +1,12 @@
 //! [`LocalStorage`]: objects as files of a [`Folder`].
 
 use std::collections::HashSet;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use quick_cache::sync::Cache;
@@ -22,6 +23,8 @@ const OPEN_FILES: usize = 256;
 const DIRECTORIES: [&str; 10] =
     ["keys", "packs", "index", "points", "damaged", "leases", "protected", "quarantine", "verified", "tmp"];
 const TMP: &str = "tmp";
+/// A folder that changed longer ago shows by its time if it changes again, on every file system in use.
+const TICK: Duration = Duration::from_secs(2);
 const LOCK: &str = "lock";
 /// How long somebody else may hold it, and how often that is looked at.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
@@ -237,6 +240,19 @@ impl Storage for LocalStorage {
             }
         }
         Ok(listed)
+    }
+
+    /// When the folder's names last changed, unless that is so recent that they may change again within one tick.
+    fn mark(&self, kind: ObjectKind) -> Option<u64> {
+        let [dir] = self.dirs(kind).ok()?.try_into().ok()?;
+        let changed = match fs::metadata(self.folder.real_path(&dir)?) {
+            Ok(metadata) => metadata.modified().ok()?,
+            Err(error) if not_found(&error) => return Some(0),
+            Err(_) => return None,
+        };
+        let settled = SystemTime::now().duration_since(changed).is_ok_and(|age| age >= TICK);
+        let since = changed.duration_since(UNIX_EPOCH).ok()?;
+        u64::try_from(since.as_nanos()).ok().filter(|_| settled)
     }
 
     fn delete(&self, object: &Object) -> io::Result<()> {

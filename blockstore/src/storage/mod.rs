@@ -187,6 +187,13 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// All objects of a kind, in no particular order. Other names are left out.
     fn list(&self, kind: ObjectKind) -> io::Result<Vec<Listed>>;
 
+    /// Something that is another as soon as another object of a kind is there, or one is gone or replaced; nothing where
+    /// that is not known, or may change once more without this changing. Only for kinds that lie in one place.
+    fn mark(&self, kind: ObjectKind) -> Option<u64> {
+        let _ = kind;
+        None
+    }
+
     /// Deletes an object, durably; one that is gone already is no error.
     fn delete(&self, object: &Object) -> io::Result<()>;
 
