@@ -10,56 +10,59 @@ use axum::response::{IntoResponse, Response};
 use super::extract::{Path, Query};
 use super::table::{OPERATOR, Reach, Row, VIEWER};
 use super::{Answer, Body, Shared, accepted, blocking, to_value};
+use crate::access::Caller;
 use crate::app::App;
 use crate::drill::{self, Attachment, DrillReport, DrillRequest, Filter};
 use crate::problem::Problem;
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::get("/api/v1/drills", VIEWER, Reach::Whole, list),
-        Row::post("/api/v1/drills", OPERATOR, Reach::Whole, start),
-        Row::get("/api/v1/drills/{id}", VIEWER, Reach::Whole, show),
-        Row::get("/api/v1/drills/{id}/console", VIEWER, Reach::Whole, console),
-        Row::get("/api/v1/drills/{id}/screenshot", VIEWER, Reach::Whole, screenshot),
-        Row::get("/api/v1/drills/{id}/trace", VIEWER, Reach::Whole, trace),
+        Row::get("/api/v1/drills", VIEWER, Reach::Judged, list),
+        Row::post("/api/v1/drills", OPERATOR, Reach::Judged, start),
+        Row::get("/api/v1/drills/{id}", VIEWER, Reach::Judged, show),
+        Row::get("/api/v1/drills/{id}/console", VIEWER, Reach::Judged, console),
+        Row::get("/api/v1/drills/{id}/screenshot", VIEWER, Reach::Judged, screenshot),
+        Row::get("/api/v1/drills/{id}/trace", VIEWER, Reach::Judged, trace),
     ]
 }
 
 /// The job's result is an array of reports, in the order of the points.
-async fn start(State(app): Shared, Body(request): Body<DrillRequest>) -> Result<Response, Problem> {
+async fn start(State(app): Shared, caller: Caller, Body(request): Body<DrillRequest>) -> Result<Response, Problem> {
     let planning = app.clone();
-    let plan = blocking(move || drill::plan(&planning, request)).await?;
+    let plan = blocking(move || drill::plan(&planning, &caller, request)).await?;
     let jobs = app.jobs.clone();
     let job = jobs.start("drill", plan.subject(), move |progress| to_value(&drill::run_all(&app, &plan, progress)?));
     Ok(accepted(&job))
 }
 
-async fn list(State(app): Shared, Query(filter): Query<Filter>) -> Answer<Vec<DrillReport>> {
-    blocking(move || drill::list(&app, &filter)).await.map(Json)
+async fn list(State(app): Shared, caller: Caller, Query(filter): Query<Filter>) -> Answer<Vec<DrillReport>> {
+    blocking(move || drill::list(&app, &caller, &filter)).await.map(Json)
 }
 
-async fn show(State(app): Shared, Path(id): Path<String>) -> Answer<DrillReport> {
-    blocking(move || drill::show(&app, &id)).await.map(Json)
+async fn show(State(app): Shared, caller: Caller, Path(id): Path<String>) -> Answer<DrillReport> {
+    blocking(move || drill::show(&app, &caller, &id)).await.map(Json)
 }
 
-async fn console(app: Shared, id: Path<String>) -> Result<Response, Problem> {
-    attached(app, id, Attachment::Console, "text/plain; charset=utf-8").await
+async fn console(app: Shared, caller: Caller, id: Path<String>) -> Result<Response, Problem> {
+    attached(app, &caller, id, Attachment::Console, "text/plain; charset=utf-8").await
 }
 
-async fn screenshot(app: Shared, id: Path<String>) -> Result<Response, Problem> {
-    attached(app, id, Attachment::Screenshot, "image/png").await
+async fn screenshot(app: Shared, caller: Caller, id: Path<String>) -> Result<Response, Problem> {
+    attached(app, &caller, id, Attachment::Screenshot, "image/png").await
 }
 
-async fn trace(app: Shared, id: Path<String>) -> Result<Response, Problem> {
-    attached(app, id, Attachment::Trace, "application/json").await
+async fn trace(app: Shared, caller: Caller, id: Path<String>) -> Result<Response, Problem> {
+    attached(app, &caller, id, Attachment::Trace, "application/json").await
 }
 
 async fn attached(
     State(app): Shared,
+    caller: &Caller,
     Path(id): Path<String>,
     which: Attachment,
     kind: &'static str,
 ) -> Result<Response, Problem> {
-    let bytes = blocking(move || drill::attachment(&app, &id, which)).await?;
+    let caller = caller.clone();
+    let bytes = blocking(move || drill::attachment(&app, &caller, &id, which)).await?;
     Ok(([(CONTENT_TYPE, kind)], bytes).into_response())
 }

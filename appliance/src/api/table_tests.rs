@@ -143,6 +143,7 @@ fn about_theirs(row: &Row<Arc<App>>) -> (String, Option<Value>) {
             "point": "theirs", "on": "none", "memory": 1 << 28, "cpus": 1, "network": "none", "accel": "tcg",
             "firmware": "auto", "machine_type": "q35", "bus": "virtio-blk",
         })),
+        ("POST", "/api/v1/drills") => Some(json!({ "points": ["theirs"] })),
         ("POST", "/api/v1/files/volumes") => Some(place),
         ("POST", "/api/v1/files/list") => Some(json!({ "spec": "theirs:disk0", "path": "/" })),
         ("POST", "/api/v1/files/find") => Some(json!({ "spec": "theirs:disk0", "glob": "*" })),

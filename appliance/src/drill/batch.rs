@@ -12,6 +12,7 @@ use tokio::runtime::Handle;
 use super::checks::Check;
 use super::run::{self, Order};
 use super::{DrillReport, DrillRequest, report};
+use crate::access::Caller;
 use crate::admission::{Ask, Grant};
 use crate::app::App;
 use crate::catalog::PointSummary;
@@ -51,20 +52,20 @@ impl Plan {
     }
 }
 
-/// Finds the points that a request names and looks whether it makes sense.
-pub fn plan(app: &App, request: DrillRequest) -> Result<Plan, Problem> {
+/// Finds the points that a request names, among those that `caller` may see, and looks whether it makes sense.
+pub fn plan(app: &App, caller: &Caller, request: DrillRequest) -> Result<Plan, Problem> {
     let checks = request.checks()?;
     if request.points.is_empty() || request.points.len() > POINTS_MAX {
         return Err(Problem::usage(format!("{} points are named", request.points.len()))
             .hint(format!("name 1 to {POINTS_MAX} points to drill")));
     }
-    let points = request.points.iter().map(|spec| prepare(app, &request, spec)).collect::<Result<_, _>>()?;
+    let points = request.points.iter().map(|spec| prepare(app, caller, &request, spec)).collect::<Result<_, _>>()?;
     Ok(Plan { points, request: Arc::new(request), checks })
 }
 
 /// What a point is booted in: what its backup says of the machine, and what is asked for.
-fn prepare(app: &App, request: &DrillRequest, spec: &str) -> Result<Planned, Problem> {
-    let point = app.resolve(spec)?;
+fn prepare(app: &App, caller: &Caller, request: &DrillRequest, spec: &str) -> Result<Planned, Problem> {
+    let point = app.resolve_for(caller, spec)?;
     let (mut machine, warnings) = app.recoveries.complete(&point, request.machine(&point))?.into_parts();
     // It meets nobody who has the same one, and guests know their network by it.
     machine.mac = machine.hardware.nic.mac.is_some().then(|| "keep".to_owned());

@@ -1,17 +1,19 @@
 //! What drills brought: kept with the point in the repository, listed, shown; and copies of console and screenshot in the
 //! state folder for whoever wants to look at files.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use blockstore::drill::DrillRecord;
 use blockstore::error::ReadError;
-use blockstore::{DrillId, RecoveryPointId, Repository};
+use blockstore::{DrillId, RecoveryPointId};
 use serde::Deserialize;
 
 use super::DrillReport;
 use super::run::Brought;
+use crate::access::Caller;
 use crate::app::App;
 use crate::problem::{Problem, chain};
 use crate::state_dir::create_private_dir;
@@ -86,21 +88,23 @@ pub struct Filter {
     pub limit: Option<usize>,
 }
 
-/// Drills, newest first. One that cannot be read is left out, and verify names it.
-pub fn list(app: &App, filter: &Filter) -> Result<Vec<DrillReport>, Problem> {
-    let point = filter.point.as_ref().map(|spec| app.resolve(spec)).transpose()?;
-    let machines: Option<std::collections::HashSet<String>> = match &filter.machine {
-        None => None,
-        Some(machine) => {
-            let points = app.points()?.into_iter().filter(|point| point.machine == *machine).map(|point| point.id);
-            let points: std::collections::HashSet<String> = points.collect();
-            if points.is_empty() {
-                return Err(Problem::not_found(format!("machine {machine} has no recovery point"))
-                    .hint("`lifeboat points` lists all machines"));
-            }
-            Some(points)
+/// Drills of the machines that `caller` may see, newest first. One that cannot be read is left out, and verify names it.
+pub fn list(app: &App, caller: &Caller, filter: &Filter) -> Result<Vec<DrillReport>, Problem> {
+    let point = filter.point.as_ref().map(|spec| app.resolve_for(caller, spec)).transpose()?;
+    let wanted = |machine: &str| filter.machine.as_ref().is_none_or(|wanted| wanted == machine);
+    let machines: Option<HashSet<String>> = match (&filter.machine, caller.is_unlimited()) {
+        (None, true) => None,
+        _ => {
+            let points = app.listing_for(caller)?.points;
+            Some(points.iter().filter(|point| wanted(&point.machine)).map(|point| point.id.clone()).collect())
         }
     };
+    if let (Some(machine), Some(points)) = (&filter.machine, &machines)
+        && points.is_empty()
+    {
+        return Err(Problem::not_found(format!("machine {machine} has no recovery point"))
+            .hint("`lifeboat points` lists all machines"));
+    }
     let mut ids = app.repository.drills().map_err(|error| cannot_list(&error))?;
     ids.retain(|id| point.as_ref().is_none_or(|point| point.id == id.point.to_string()));
     ids.retain(|id| machines.as_ref().is_none_or(|points| points.contains(&id.point.to_string())));
@@ -123,8 +127,8 @@ fn with_paths(app: &App, id: DrillId, report: DrillReport) -> DrillReport {
 }
 
 /// One drill.
-pub fn show(app: &App, id: &str) -> Result<DrillReport, Problem> {
-    let id = find(&app.repository, id)?;
+pub fn show(app: &App, caller: &Caller, id: &str) -> Result<DrillReport, Problem> {
+    let id = find(app, caller, id)?;
     let summary = app.drill_summary(id).map_err(|error| cannot_read(id, &error))?;
     let report =
         serde_json::from_value(summary).map_err(|error| Problem::failed(format!("cannot read drill {id}"), &error))?;
@@ -143,8 +147,8 @@ pub enum Attachment {
 }
 
 /// What is attached to a drill.
-pub fn attachment(app: &App, id: &str, which: Attachment) -> Result<Vec<u8>, Problem> {
-    let id = find(&app.repository, id)?;
+pub fn attachment(app: &App, caller: &Caller, id: &str, which: Attachment) -> Result<Vec<u8>, Problem> {
+    let id = find(app, caller, id)?;
     let attached = app.repository.drill(id).map_err(|error| cannot_read(id, &error))?.attached;
     match which {
         Attachment::Console => Ok(attached.console),
@@ -161,11 +165,16 @@ pub fn attachment(app: &App, id: &str, which: Attachment) -> Result<Vec<u8>, Pro
     }
 }
 
-fn find(repository: &Repository, id: &str) -> Result<DrillId, Problem> {
+/// The drill of this name, if it is of a machine that `caller` may see.
+fn find(app: &App, caller: &Caller, id: &str) -> Result<DrillId, Problem> {
     let none = || Problem::not_found(format!("there is no drill `{id}`")).hint("`lifeboat drills` lists them");
     let parsed: DrillId = id.parse().map_err(|_| none())?;
-    let known = repository.drills().map_err(|error| cannot_list(&error))?;
-    if known.contains(&parsed) { Ok(parsed) } else { Err(none()) }
+    let known = app.repository.drills().map_err(|error| cannot_list(&error))?;
+    let seen = caller.is_unlimited() || {
+        let point = parsed.point.to_string();
+        app.listing_for(caller)?.points.iter().any(|listed| listed.id == point)
+    };
+    if seen && known.contains(&parsed) { Ok(parsed) } else { Err(none()) }
 }
 
 fn cannot_list(error: &ReadError) -> Problem {
