@@ -2,7 +2,7 @@
 # Measures what the project promises, beside other tools, on the same data and machine in one run, and prints tables
 # with the promise, the ratio and whether it held. A ratio counts, an absolute figure does not: machines differ.
 #
-#   BENCH_PARTS     of `store nbd open boot rehydrate files trace scale` (all but trace and scale)      BENCH_ROUNDS   repetitions, of which the median counts (3)
+#   BENCH_PARTS     of `store nbd open boot rehydrate files trace scale service` (all but the last three)      BENCH_ROUNDS   repetitions, of which the median counts (3)
 #   BENCH_SIZE      of the image made of /usr (3G)      BENCH_SECONDS  for each run of fio (3)
 #   BENCH_OVER      of `unix tcp` (both): how servers of NBD are reached
 #   BENCH_NBD       of the tests of `nbd` (all): `cold-32 rewrite-32-fsync`, say
@@ -26,7 +26,7 @@ size=$(numfmt --from=iec "${BENCH_SIZE:-3G}")
 kept=${CARGO_TARGET_DIR:-$here/../target}/bench
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
-for file in common data store nbd open boot rehydrate files trace scale; do
+for file in common data store nbd open boot rehydrate files trace scale service; do
     # shellcheck source=/dev/null # they stand beside this file
     . "$here/bench/$file.sh"
 done
@@ -34,7 +34,7 @@ done
 main() {
     local part
     for part in $parts; do
-        [[ " store nbd open boot rehydrate files trace scale " == *" $part "* ]] || die "BENCH_PARTS names '$part': use store, nbd, open, boot, rehydrate, files, trace, scale"
+        [[ " store nbd open boot rehydrate files trace scale service " == *" $part "* ]] || die "BENCH_PARTS names '$part': use store, nbd, open, boot, rehydrate, files, trace, scale, service"
     done
     set_up
     trap clean_up EXIT
