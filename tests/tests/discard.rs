@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lifeboat_tests::{Console, Guest, Sandbox, guest, have, wait_until};
+use lifeboat_tests::{Console, Guest, Sandbox, guest, have, noise, wait_until};
 
 /// All files, folders and sockets below a folder.
 fn below(root: &Path) -> BTreeSet<PathBuf> {
@@ -77,4 +77,26 @@ fn a_discarded_recovery_leaves_nothing_behind() {
     }
     let owner = sandbox.owner();
     wait_until("nothing runs any more but who serves", || sandbox.processes().iter().all(|pid| Some(*pid) == owner));
+}
+
+#[test]
+fn a_recovery_whose_journal_says_nothing_keeps_its_overlays_until_it_is_discarded() {
+    let sandbox = Sandbox::with_plain_repository("64K");
+    fs::write(sandbox.path("disk.raw"), noise(1, 1 << 20)).unwrap();
+    sandbox.ok(&["backup", "vm", &sandbox.name("disk.raw")]);
+    let before = below(&sandbox.path("repo"));
+    sandbox.ok(&["recover", "vm", "--on", "none"]);
+    sandbox.kill_owner();
+    fs::write(sandbox.path("state/recoveries/vm/journal"), vec![0; 400]).unwrap();
+    for _ in 0..2 {
+        let listed = sandbox.json(&["recovery", "vm"]);
+        assert!(listed["problem"].as_str().unwrap().contains("overlays are there"), "{listed}");
+        assert!(below(&sandbox.path("state/recoveries/vm/disks")).iter().any(|path| path.is_file()));
+        sandbox.kill_owner();
+    }
+    sandbox.ok(&["discard", "vm"]);
+    assert!(!sandbox.path("state/recoveries/vm").exists());
+    let leases =
+        |files: &BTreeSet<PathBuf>| files.iter().filter(|path| path.starts_with(sandbox.path("repo/leases"))).count();
+    assert_eq!(leases(&below(&sandbox.path("repo"))), leases(&before), "it holds its point for ever");
 }

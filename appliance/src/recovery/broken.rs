@@ -8,13 +8,13 @@ use std::time::Duration;
 use hypervisor::libvirt::Domains;
 use hypervisor::{Hypervisor, MachineDefinition, QemuHypervisor};
 
+use super::one::Context;
 use super::record::Record;
 use super::remote::owner_of;
 use super::state::State;
 use super::{HypervisorKind, RecoveryView, Timings, domain, machine};
 use crate::journal::read_good;
 use crate::problem::Problem;
-use crate::state_dir::StateDir;
 
 /// How long QEMU may take to end by itself.
 const QUIT_GRACE: Duration = Duration::from_secs(5);
@@ -45,9 +45,10 @@ pub fn view(name: &str, problem: &Problem) -> RecoveryView {
     }
 }
 
-/// Stops its VM, if one lives, and removes its folder. `libvirts`: where recoveries have domains; the journal may not be
+/// Stops its VM, if one lives, removes its folder, and lets go of its recovery point. `libvirts`: where recoveries have domains; the journal may not be
 /// able to say it any more.
-pub async fn discard(state: &StateDir, name: &str, libvirts: BTreeSet<String>) -> Result<(), Problem> {
+pub async fn discard(context: &Context, name: &str, libvirts: BTreeSet<String>) -> Result<(), Problem> {
+    let state = &context.state;
     let dir = state.recoveries().join(name);
     end_domains(name, &dir, libvirts).await?;
     let files = machine::files(&dir, |socket| state.short_path(dir.join(socket)));
@@ -65,7 +66,12 @@ pub async fn discard(state: &StateDir, name: &str, libvirts: BTreeSet<String>) -
         // One that was never made is as gone.
         let _ = fs::remove_file(socket);
     }
-    fs::remove_dir_all(&dir).map_err(|error| Problem::failed(format!("cannot remove all of recovery {name}"), &error))
+    fs::remove_dir_all(&dir)
+        .map_err(|error| Problem::failed(format!("cannot remove all of recovery {name}"), &error))?;
+    if let Err(error) = context.repository.release_recovery(&owner_of(&dir)) {
+        tracing::warn!(recovery = name, %error, "its lease stays in the repository");
+    }
+    Ok(())
 }
 
 /// Ends the libvirt domains that carry the recovery's folder. Where its own journal still names a libvirt, that has to

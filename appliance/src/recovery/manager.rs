@@ -273,7 +273,7 @@ impl Recoveries {
     async fn discard_begun(&self, name: &str) -> Result<RecoveryView, Problem> {
         let broken = self.lock().broken.get(name).cloned();
         if let Some(problem) = broken {
-            super::broken::discard(&self.context.state, name, self.libvirts()).await?;
+            super::broken::discard(&self.context, name, self.libvirts()).await?;
             self.lock().broken.remove(name);
             return Ok(RecoveryView { state: State::Discarded, ..super::broken::view(name, &problem) });
         }

@@ -85,6 +85,10 @@ impl Recovery {
                 ))));
             }
             Some(_) => return Err(cannot(&io::Error::other("its journal does not say what it is of"))),
+            // Overlays are made after the first record.
+            None if fs::read_dir(dir.join("disks")).is_ok_and(|mut disks| disks.next().is_some()) => {
+                return Err(cannot(&io::Error::other("its journal is empty, but its overlays are there")));
+            }
             None => {
                 fs::remove_dir_all(&dir).map_err(|error| cannot(&error))?;
                 return Ok(None);
