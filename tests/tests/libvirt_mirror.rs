@@ -4,12 +4,13 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use lifeboat_tests::{
     Doomed, Foreign, Guest, Libvirtd, Sandbox, SmallRoom, guest, have, holds_all, noise, tool, wait_for_domain,
     wait_until,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
 
@@ -203,4 +204,58 @@ fn a_repository_that_is_away_and_an_nbd_target_that_is_larger_only_take_longer()
     daemon.virsh(&["destroy", "vm"]);
     assert!(fs::read(&served).unwrap()[..4 * MIB] == disks[1]);
     tool("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &sandbox.name("source0.raw"), &sandbox.name("t0.qcow2")]);
+}
+
+/// Bounds below which half and 99 % of the guest's writes lie, in milliseconds, of those in the next seconds; as near as
+/// QEMU's histogram with steps of a quarter tells.
+fn latency(daemon: &Libvirtd) -> (f64, f64) {
+    let ask = |command: Value| -> Value {
+        let said = daemon.virsh(&["qemu-monitor-command", "vm", &command.to_string()]);
+        serde_json::from_str(&said).unwrap()
+    };
+    let bounds: Vec<u64> = std::iter::successors(Some(20_000u64), |bound| Some(bound * 5 / 4)).take(60).collect();
+    let device = "/machine/peripheral/virtio-disk0/virtio-backend";
+    let arguments = json!({ "id": device, "boundaries": bounds });
+    ask(json!({ "execute": "block-latency-histogram-set", "arguments": arguments }));
+    std::thread::sleep(Duration::from_secs(10));
+    let answer = ask(json!({ "execute": "query-blockstats" }));
+    let devices = answer["return"].as_array().unwrap();
+    let ours =
+        devices.iter().find(|one| one["qdev"].as_str().is_some_and(|qdev| qdev.contains("virtio-disk0"))).unwrap();
+    let bins = ours["stats"]["wr_latency_histogram"]["bins"].as_array().unwrap();
+    let bins: Vec<u64> = bins.iter().map(|bin| bin.as_u64().unwrap()).collect();
+    let all: u64 = bins.iter().sum();
+    assert!(all > 0, "the guest has written nothing");
+    let below = |share: u64| {
+        let mut left = all * share / 100;
+        let reached = bins.iter().position(|bin| {
+            left = left.saturating_sub(*bin);
+            left == 0
+        });
+        bounds[reached.unwrap_or(59).min(59)] as f64 / 1e6
+    };
+    (below(50), below(99))
+}
+
+#[test]
+#[ignore = "nightly: prints what a guest feels while libvirt copies its disks"]
+fn what_a_guest_that_writes_and_syncs_feels_while_libvirt_copies() {
+    let Some(sandbox) = begin() else { return };
+    let Some(daemon) = Libvirtd::start(&sandbox) else { return };
+    fs::write(sandbox.path("data.raw"), noise(5, 512 * MIB)).unwrap();
+    let root = format!("root={}", guest(Guest::Counter).display());
+    sandbox.ok(&["backup", "vm", &root, &format!("data={}", sandbox.name("data.raw"))]);
+    let (_, mut console) = daemon.recover(&sandbox, &[]);
+    console.count_on(20);
+    let calm = latency(&daemon);
+    let to = [format!("root={}", sandbox.name("root.raw")), format!("data={}", sandbox.name("out.raw"))];
+    let began = Instant::now();
+    sandbox.ok(&["rehydrate", "vm", "--to", &to[0], &to[1], "--detach"]);
+    let busy = latency(&daemon);
+    wait_for_state(&sandbox, "ready-for-cutover");
+    let ready = began.elapsed();
+    let pause = sandbox.json(&["cutover", "vm"])["timings"]["cutover_pause_ms"].clone();
+    eprintln!("writes, half and 99 % below: {calm:?} ms before, {busy:?} ms while it copies");
+    eprintln!("704 MiB copied and compared after {ready:?}; the cutover held the guest for {pause} ms");
+    console.count_on(5);
 }

@@ -332,3 +332,47 @@ impl Mirroring for LibvirtMachine {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(cause: Cause, reason: &str) -> MirrorState {
+        MirrorState::Failed { cause, reason: reason.to_owned() }
+    }
+
+    #[test]
+    fn what_a_copy_ended_by_is_read_from_what_qemu_and_libvirt_say() {
+        let targets = ["vda".to_owned(), "vdaa".to_owned()];
+        let after = |says: &[(&str, &str)], status: Option<u32>| {
+            let copies = Copies::default();
+            lock(&copies).insert(1, Remembered { begun: true, ..Remembered::default() });
+            for (event, data) in says {
+                note_fault(&copies, &targets, event, data);
+            }
+            if let Some(status) = status {
+                note(&copies, 1, i32::try_from(status).expect("it is small"));
+            }
+            let copy = lock(&copies).get(&1).cloned().expect("it is there");
+            assert_eq!(copy.ended, status.is_some());
+            copy.after()
+        };
+        let error = |operation: &str| {
+            format!("{{\"device\":\"copy-vdaa-libvirt-3-format\",\"operation\":\"{operation}\",\"action\":\"report\"}}")
+        };
+        let (write, read) = (error("write"), error("read"));
+        let full = "{\"device\":\"copy-vdaa-libvirt-3-format\",\"error\":\"No space left on device\"}";
+        let says = [("BLOCK_JOB_ERROR", write.as_str()), ("BLOCK_JOB_COMPLETED", full)];
+        let ended = Some(sys::VIR_DOMAIN_BLOCK_JOB_FAILED);
+        assert_eq!(after(&says, ended), failed(Cause::Side(Side::Target), "No space left on device"));
+        let reads = after(&[("BLOCK_JOB_ERROR", &read)], ended);
+        assert_eq!(reads, failed(Cause::Side(Side::Source), "libvirt's log says why"));
+        let cancelled = after(&[], Some(sys::VIR_DOMAIN_BLOCK_JOB_CANCELED));
+        assert_eq!(cancelled, failed(Cause::Cancelled, "it was cancelled"));
+        // Of another disk, of something else, or no JSON at all.
+        let other = "{\"device\":\"copy-vda-libvirt-2-format\",\"operation\":\"write\"}";
+        let nothing = after(&[("BLOCK_JOB_ERROR", other), ("BLOCK_JOB_ERROR", "{}"), ("X", "no")], None);
+        assert_eq!(nothing, failed(Cause::Unknown, "libvirt no longer knows of it"));
+        assert_eq!(Remembered::default().after(), MirrorState::None);
+    }
+}
