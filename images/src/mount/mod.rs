@@ -7,27 +7,23 @@
 //!
 //! The kernel sees names and bytes, never a structure of the disk. A logical volume `VG/LV` is the folder `VG-LV`.
 
+mod answers;
 mod nodes;
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
-use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyXattr, Request,
-};
+use fuser::{BackgroundSession, Config, Errno, FileAttr, FileHandle, INodeNo, MountOption};
 
+use self::answers::{errno, of_node};
 use self::nodes::{Nodes, What};
 use crate::bytes::size;
-use crate::fs::{FileSystem, FileType, FsError, Node, NodeId, Timestamp, Xattr};
+use crate::fs::{FileSystem, Node, NodeId, Xattr};
 use crate::volume::{DiskLayout, Kind};
 use crate::{DiskImage, SharedDisk};
 
@@ -37,8 +33,6 @@ const THREADS: usize = 4;
 const FOR_LONG: Duration = Duration::from_secs(3600);
 /// How long it, and we, keep what a running machine changes.
 const FOR_SHORT: Duration = Duration::from_secs(1);
-/// What the kernel reads ahead.
-const READ_AHEAD: u32 = 1 << 20;
 
 /// Whether the disks change while they are looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,6 +163,10 @@ impl Tree {
         }
         let fs: Arc<dyn FileSystem> =
             Arc::from(crate::fs::open(volume.kind, volume.volume.clone()).map_err(|error| errno("a volume", &error))?);
+        if open.is_none() {
+            let volume = String::from_utf8_lossy(&volume.name);
+            fs.notices().iter().for_each(|notice| tracing::warn!(%volume, "{notice}"));
+        }
         *open = Some((Instant::now(), fs.clone()));
         Ok(fs)
     }
@@ -341,251 +339,5 @@ impl Tree {
             }
             What::Root | What::Disk(_) | What::Raw(_) => Ok(Vec::new()),
         }
-    }
-}
-
-/// What the reader is told. The whole story is in the log.
-fn errno(what: &str, error: &FsError) -> Errno {
-    match error {
-        FsError::NotFound { .. } => return Errno::ENOENT,
-        FsError::NotADirectory { .. } => return Errno::ENOTDIR,
-        FsError::Loop { .. } => return Errno::ELOOP,
-        FsError::Unsupported { .. } => {
-            tracing::warn!(%error, "cannot read {what}");
-            return Errno::EOPNOTSUPP;
-        }
-        FsError::Damaged { .. } | FsError::Io { .. } => {}
-    }
-    tracing::warn!(%error, "cannot read {what}");
-    Errno::EIO
-}
-
-fn of_node(ino: u64, node: &Node) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(ino),
-        size: node.size,
-        blocks: node.size.div_ceil(512),
-        atime: system_time(node.accessed),
-        mtime: system_time(node.modified),
-        ctime: system_time(node.changed),
-        crtime: SystemTime::UNIX_EPOCH,
-        kind: kind(node.kind),
-        perm: u16::try_from(node.mode & 0o7777).unwrap_or(0),
-        nlink: node.links,
-        uid: node.uid,
-        gid: node.gid,
-        rdev: u32::try_from(rustix::fs::makedev(node.device.0, node.device.1)).unwrap_or(0),
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-fn kind(kind: FileType) -> fuser::FileType {
-    match kind {
-        FileType::File => fuser::FileType::RegularFile,
-        FileType::Directory => fuser::FileType::Directory,
-        FileType::Symlink => fuser::FileType::Symlink,
-        FileType::Fifo => fuser::FileType::NamedPipe,
-        FileType::CharDevice => fuser::FileType::CharDevice,
-        FileType::BlockDevice => fuser::FileType::BlockDevice,
-        FileType::Socket => fuser::FileType::Socket,
-    }
-}
-
-fn system_time(time: Timestamp) -> SystemTime {
-    let nanoseconds = Duration::from_nanos(time.nanoseconds.into());
-    let whole = Duration::from_secs(time.seconds.unsigned_abs());
-    let base = if time.seconds < 0 {
-        SystemTime::UNIX_EPOCH.checked_sub(whole)
-    } else {
-        SystemTime::UNIX_EPOCH.checked_add(whole)
-    };
-    base.and_then(|base| base.checked_add(nanoseconds)).unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-impl Filesystem for Tree {
-    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Whatever of these the kernel does not have it does without.
-        let _ = config.add_capabilities(InitFlags::FUSE_DO_READDIRPLUS | InitFlags::FUSE_PARALLEL_DIROPS);
-        let _ = config.set_max_readahead(READ_AHEAD);
-        Ok(())
-    }
-
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.find(parent, name.as_bytes()) {
-            Ok(attributes) => reply.entry(&self.ttl(), &attributes, Generation(0)),
-            Err(error) => reply.error(error),
-        }
-    }
-
-    fn forget(&self, _req: &Request, ino: INodeNo, count: u64) {
-        self.lock_nodes().forget(ino.0, count);
-    }
-
-    fn getattr(&self, _req: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
-        match self.what(ino).and_then(|what| self.attributes(ino.0, what)) {
-            Ok(attributes) => reply.attr(&self.ttl(), &attributes),
-            Err(error) => reply.error(error),
-        }
-    }
-
-    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        let target = self.what(ino).and_then(|what| match what {
-            What::Node(volume, Some(id)) => {
-                self.fs(volume)?.read_link(id).map_err(|error| errno("a symbolic link", &error))
-            }
-            _ => Err(Errno::EINVAL),
-        });
-        match target {
-            Ok(target) => reply.data(&target),
-            Err(error) => reply.error(error),
-        }
-    }
-
-    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.open_content(ino) {
-            Ok(content) => {
-                let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-                self.opened.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, content);
-                let flags =
-                    if self.content == Content::Fixed { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
-                reply.opened(FileHandle(handle), flags);
-            }
-            Err(error) => reply.error(error),
-        }
-    }
-
-    fn read(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        handle: FileHandle,
-        offset: u64,
-        length: u32,
-        _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        let read = self.content(ino, handle).and_then(|content| {
-            let length = u64::from(length).min(content.size().saturating_sub(offset));
-            let mut bytes = vec![0; size(length)];
-            content.read_at(offset, &mut bytes).map_err(|error| {
-                tracing::warn!(%error, "cannot read a file");
-                Errno::EIO
-            })?;
-            Ok(bytes)
-        });
-        match read {
-            Ok(bytes) => reply.data(&bytes),
-            Err(error) => reply.error(error),
-        }
-    }
-
-    fn release(
-        &self,
-        _req: &Request,
-        _ino: INodeNo,
-        handle: FileHandle,
-        _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
-        _flush: bool,
-        reply: ReplyEmpty,
-    ) {
-        self.opened.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle.0);
-        reply.ok();
-    }
-
-    fn readdir(&self, _req: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let mut numbers = Vec::new();
-        let listed = self.list(ino, offset, &mut |name, next, attributes| {
-            let full = reply.add(attributes.ino, next, attributes.kind, OsStr::from_bytes(name));
-            if !full {
-                numbers.push(attributes.ino.0);
-            }
-            full
-        });
-        // A plain listing does not make the kernel know them.
-        let mut nodes = self.lock_nodes();
-        numbers.into_iter().for_each(|ino| nodes.forget(ino, 1));
-        drop(nodes);
-        match listed {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(error),
-        }
-    }
-
-    fn readdirplus(
-        &self,
-        _req: &Request,
-        ino: INodeNo,
-        _handle: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectoryPlus,
-    ) {
-        let ttl = self.ttl();
-        let listed = self.list(ino, offset, &mut |name, next, attributes| {
-            reply.add(attributes.ino, next, OsStr::from_bytes(name), &ttl, attributes, Generation(0))
-        });
-        match listed {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(error),
-        }
-    }
-
-    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, room: u32, reply: ReplyXattr) {
-        let found = self.xattrs(ino).and_then(|all| {
-            let found = all.into_iter().find(|(known, _)| known == name.as_bytes());
-            found.map(|(_, value)| value).ok_or(Errno::NO_XATTR)
-        });
-        answer(found, room, reply);
-    }
-
-    fn listxattr(&self, _req: &Request, ino: INodeNo, room: u32, reply: ReplyXattr) {
-        let names = self
-            .xattrs(ino)
-            .map(|all| all.into_iter().flat_map(|(name, _)| [name, vec![0]].concat()).collect::<Vec<u8>>());
-        answer(names, room, reply);
-    }
-
-    fn lseek(&self, _req: &Request, ino: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        const DATA: i32 = 3;
-        const HOLE: i32 = 4;
-        let found = self.content(ino, handle).and_then(|content| {
-            let offset = u64::try_from(offset).map_err(|_| Errno::ENXIO)?;
-            if offset >= content.size() {
-                return Err(Errno::ENXIO);
-            }
-            let failed = |_| Errno::EIO;
-            match whence {
-                DATA => {
-                    content.next_data(offset).map_err(failed)?.map(|data| data.start.max(offset)).ok_or(Errno::ENXIO)
-                }
-                HOLE => {
-                    let mut at = offset;
-                    // Ranges may follow each other without a hole.
-                    while let Some(data) =
-                        content.next_data(at).map_err(failed)?.filter(|data| data.start <= at && data.end > at)
-                    {
-                        at = data.end;
-                    }
-                    Ok(at.min(content.size()))
-                }
-                _ => Err(Errno::EINVAL),
-            }
-        });
-        match found.and_then(|offset| i64::try_from(offset).map_err(|_| Errno::EINVAL)) {
-            Ok(offset) => reply.offset(offset),
-            Err(error) => reply.error(error),
-        }
-    }
-}
-
-/// Sends a value, or how long it is where no room for it is given.
-fn answer(value: Result<Vec<u8>, Errno>, room: u32, reply: ReplyXattr) {
-    match value {
-        Ok(value) if room == 0 => reply.size(u32::try_from(value.len()).unwrap_or(u32::MAX)),
-        Ok(value) if value.len() > size(room.into()) => reply.error(Errno::ERANGE),
-        Ok(value) => reply.data(&value),
-        Err(error) => reply.error(error),
     }
 }
