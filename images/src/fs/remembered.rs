@@ -27,16 +27,17 @@ struct Names {
 #[derive(Clone)]
 struct Bytes;
 
-impl Weighter<NodeId, Arc<Names>> for Bytes {
-    fn weight(&self, _: &NodeId, names: &Arc<Names>) -> u64 {
-        names.bytes + ENTRY_COST
+impl Weighter<NodeId, Option<Arc<Names>>> for Bytes {
+    fn weight(&self, _: &NodeId, names: &Option<Arc<Names>>) -> u64 {
+        names.as_ref().map_or(0, |names| names.bytes) + ENTRY_COST
     }
 }
 
 /// An open file system. It must not change.
 pub(super) struct Remembered {
     fs: Box<dyn FileSystem>,
-    directories: Cache<NodeId, Arc<Names>, Bytes>,
+    /// Nothing for a directory with too many names.
+    directories: Cache<NodeId, Option<Arc<Names>>, Bytes>,
 }
 
 impl Remembered {
@@ -112,13 +113,14 @@ impl FileSystem for Remembered {
             Some(names) => names,
             // A directory that is damaged somewhere may still have the name before that.
             None => match self.read(dir) {
-                Ok(Some(names)) => {
+                Ok(names) => {
                     self.directories.insert(dir, names.clone());
                     names
                 }
-                Ok(None) | Err(_) => return self.fs.lookup(dir, name),
+                Err(_) => None,
             },
         };
+        let Some(names) = names else { return self.fs.lookup(dir, name) };
         let folded = || self.fs.ignores_case().then(|| names.folded.get(&fold(name))).flatten();
         Ok(names.exact.get(name).or_else(folded).copied())
     }
