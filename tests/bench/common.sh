@@ -49,7 +49,11 @@ set_up() {
 }
 
 clean_up() {
-    local lock pid
+    local lock pid at
+    # Above what serves them: the innermost first.
+    for at in filled peer nbdfuse mounted; do
+        if mountpoint -q "$place/$at"; then as_root umount -l "$place/$at" || return; fi
+    done
     for pid in "${started[@]}"; do stop "$pid"; done
     # Lifeboat's services, and the machines they run, outlive the command that started them.
     for lock in "$place"/*/lock; do
