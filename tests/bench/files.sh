@@ -87,6 +87,7 @@ make_files() {
 # start_mount DIR: sets pid.
 start_mount() {
     mkdir -p "$1"
+    : >"$place/mount.log"
     "$lifeboat" mount files "$1" >"$place/mount.log" 2>&1 &
     pid=$!
     started+=("$pid")
