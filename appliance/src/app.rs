@@ -250,8 +250,13 @@ impl App {
         })
     }
 
-    /// Refuses to write to the repository or the state folder as if they were anybody's.
-    pub fn refuse_own_folder(&self, path: &Path) -> Result<(), Problem> {
+    /// Refuses to write to the repository or the state folder as if they were anybody's, and where nobody but this
+    /// process knows where that is.
+    pub fn check_target(&self, path: &Path) -> Result<(), Problem> {
+        if !path.is_absolute() {
+            return Err(Problem::usage(format!("`{}` is not an absolute path", path.display()))
+                .hint("begin it with /: a service has a folder of its own"));
+        }
         // What does not exist yet lies where its nearest parent lies.
         let real = path.ancestors().find_map(|at| at.canonicalize().ok()).unwrap_or_else(|| path.to_owned());
         for (own, what) in [(self.location.as_path(), "repository"), (self.state.root(), "state folder")] {

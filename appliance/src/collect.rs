@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use blockstore::collect::{CollectOptions, CollectReport, KeylessCollect, PackReport};
 use blockstore::{Keyless, Progress, Repository};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::problem::Problem;
@@ -13,7 +14,7 @@ use crate::problem::Problem;
 const QUARANTINE_MAX: u64 = 10 * 366 * 24 * 3600;
 
 /// What is to be explained.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Explain {
     /// All packs that are not needed in full.
@@ -23,7 +24,7 @@ pub enum Explain {
 }
 
 /// How to collect.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CollectRequest {
     /// Change nothing.
     #[serde(default)]
@@ -43,25 +44,28 @@ pub struct CollectRequest {
 }
 
 /// What a collect did.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CollectResult {
     /// What it did, or would do.
     #[serde(flatten)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub report: CollectReport,
     /// The packs that were to be explained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<serde_json::Value>>")]
     pub explained: Option<Vec<PackReport>>,
     /// How long it took.
     pub seconds: f64,
 }
 
 /// The same without the key.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct KeylessResult {
     /// Always true: what could be said goes by what the last collect with the key found.
     pub keyless: bool,
     /// What can be said.
     #[serde(flatten)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub report: KeylessCollect,
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use blockstore::{PointError, Protected, RecoveryPointId};
 use chrono::{DateTime, Local, NaiveDate, TimeZone, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::access::Caller;
@@ -13,7 +14,7 @@ use crate::catalog::spec::short_id;
 use crate::problem::{Kind, Problem};
 
 /// How long to protect.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProtectRequest {
     /// When it ends; never if absent.
@@ -21,7 +22,7 @@ pub struct ProtectRequest {
 }
 
 /// What a change of a point's protection did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ProtectResult {
     /// The point.
     pub point: String,
@@ -34,7 +35,7 @@ pub struct ProtectResult {
 }
 
 /// What was forgotten.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ForgetResult {
     /// The point.
     pub point: String,

@@ -2,6 +2,7 @@
 
 use blockstore::base::Base;
 use blockstore::{Locality, Repository};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::PointSummary;
@@ -12,7 +13,7 @@ use crate::problem::Problem;
 const EXTENTS: usize = 4096;
 
 /// A recovery point in full.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PointDetail {
     /// What `points` lists.
     #[serde(flatten)]
@@ -37,7 +38,7 @@ pub struct PointDetail {
 }
 
 /// A disk of a recovery point in full.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskDetail {
     /// As given at backup.
     pub name: String,
@@ -52,7 +53,7 @@ pub struct DiskDetail {
 }
 
 /// How far a disk is scattered over the repository. A large disk is only sampled.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskLocality {
     /// Whether only some regions of 512 chunks were looked at: at most 64, spread evenly.
     pub sampled: bool,

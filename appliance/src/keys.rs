@@ -4,6 +4,7 @@ use std::fmt;
 
 use blockstore::{KeySlot, Repository, Secret, SlotId, SlotKind, SlotState};
 use chrono::{DateTime, Local, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::spec::short_id;
@@ -13,7 +14,7 @@ use crate::problem::Problem;
 const PREFIX_MIN: usize = 4;
 
 /// A key slot as `key list` shows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct KeyView {
     /// 32 hexadecimal digits.
     pub slot: String,
@@ -30,7 +31,7 @@ pub struct KeyView {
 }
 
 /// A secret on its way to a new slot.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum NewSecret {
     /// A passphrase.
@@ -46,7 +47,7 @@ impl fmt::Debug for NewSecret {
 }
 
 /// What `key add` and `key rotate` ask for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NewKeyRequest {
     /// The new secret.
     pub secret: NewSecret,
@@ -56,7 +57,7 @@ pub struct NewKeyRequest {
 }
 
 /// What a change of the slots did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct KeyChange {
     /// The new slot.
     pub added: Option<String>,

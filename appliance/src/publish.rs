@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use blockstore::{RecoveryPoint, Repository};
 use nbd_server::{Access, ClientCertificates, ClientName, ExportTable, Listen, Server, TlsServer};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -19,7 +20,7 @@ use crate::problem::{Kind, Problem};
 use crate::state_dir::StateDir;
 
 /// What to serve, and where.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ExportRequest {
     /// The recovery point, as [`crate::catalog::spec`] takes it.
     pub point: String,
@@ -43,7 +44,7 @@ pub struct ExportRequest {
 }
 
 /// How to serve with TLS.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TlsRequest {
     /// The folder with the certificates, named as QEMU names them.
     pub dir: PathBuf,
@@ -118,7 +119,7 @@ impl TlsRequest {
 }
 
 /// A served disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Served {
     /// The disk.
     pub disk: String,

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use blockstore::{DataCheck, Progress, RepairImage, RepairSources, Repository, VerifyOptions};
 use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::capture::SourceSpec;
@@ -13,7 +14,7 @@ use crate::catalog::PointSummary;
 use crate::problem::Problem;
 
 /// What to verify.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VerifyRequest {
     /// One recovery point; all of the repository when not given.
     #[serde(default)]
@@ -39,7 +40,7 @@ pub struct VerifyRequest {
 }
 
 /// An image to repair from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RepairSource {
     /// The only disk it is used for; every one when not given.
     #[serde(default)]
@@ -78,7 +79,7 @@ fn parse_portion(text: &str) -> Result<DataCheck, Problem> {
 }
 
 /// What was found.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct VerifyResult {
     /// Whether nothing is damaged.
     pub ok: bool,
@@ -117,7 +118,7 @@ pub struct VerifyResult {
 }
 
 /// What a repair did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Repair {
     /// Packs put back from a copy.
     pub packs: u64,
@@ -126,7 +127,7 @@ pub struct Repair {
 }
 
 /// A damaged object.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Damage {
     /// Which object.
     pub object: String,
@@ -137,7 +138,7 @@ pub struct Damage {
 }
 
 /// A disk that damage hits.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Hit {
     /// The recovery point.
     pub point: String,

@@ -89,7 +89,7 @@ fn a_guest_with_an_agent_is_frozen_for_the_instant_and_its_point_boots_where_it_
     assert_eq!(auto["consistency"], "crash");
     assert!(auto["why_crash"].as_str().unwrap().contains("does not answer"), "{auto}");
     let had = points(&sandbox);
-    let said = sandbox.fails(1, &["commit", "vm", "--consistency", "application"]);
+    let said = sandbox.fails(5, &["commit", "vm", "--consistency", "application"]);
     assert!(said.contains("does not freeze") && said.contains("--consistency crash"), "{said}");
     assert_eq!((points(&sandbox), sandbox.path(MARK).exists()), (had, false));
     drop(agent);

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use chrono::{DateTime, SubsecRound, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Caller, Role};
@@ -27,7 +28,7 @@ const MACHINES_MAX: usize = 1000;
 const VERSION: u32 = 1;
 
 /// A token as it is shown: all but its secret.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TokenView {
     /// Its id, a part of the token.
     pub id: String,
@@ -47,7 +48,7 @@ pub struct TokenView {
 }
 
 /// What to make.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewTokenRequest {
     /// Whose it is.
@@ -63,7 +64,7 @@ pub struct NewTokenRequest {
 }
 
 /// A new token. This is the one time that its secret is seen.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NewToken {
     /// The token itself.
     pub token: String,
@@ -79,14 +80,14 @@ impl std::fmt::Debug for NewToken {
 }
 
 /// A line of the file.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "record", rename_all = "kebab-case")]
 enum Record {
     Tokens { version: u32 },
     Token(Kept),
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 struct Kept {
     id: String,
     name: String,

@@ -4,6 +4,7 @@ mod cgroup;
 pub mod host;
 mod queue;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::problem::Problem;
@@ -22,7 +23,7 @@ const SPACE_WARN: u64 = 2 << 30;
 const CPUS_PER_CORE: u64 = 2;
 
 /// What an asker says about a host that is full.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Terms {
     /// Refuse.
@@ -35,7 +36,7 @@ pub enum Terms {
 }
 
 /// What a VM takes. Without a VM, both are 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Ask {
     /// Guest memory in bytes.
     pub memory: u64,
@@ -44,7 +45,7 @@ pub struct Ask {
 }
 
 /// The host as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Host {
     /// All memory.
     pub memory_total: u64,
@@ -66,7 +67,7 @@ pub struct Host {
 }
 
 /// A recovery that runs, or is about to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Holder {
     /// Its name.
     pub name: String,
@@ -78,7 +79,7 @@ pub struct Holder {
 }
 
 /// What the host carries and could carry, as the API shows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Capacity {
     /// The host.
     #[serde(flatten)]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::extract::Query;
@@ -14,8 +15,9 @@ use crate::audit::{AuditQuery, Chained, VerifyResult};
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::get("/api/v1/audit", ADMIN, Reach::Whole, list),
-        Row::get("/api/v1/audit/verification", ADMIN, Reach::Whole, verify),
+        Row::get("/api/v1/audit", ADMIN, Reach::Whole, list).answers::<Vec<Chained>>("Lists the audit log"),
+        Row::get("/api/v1/audit/verification", ADMIN, Reach::Whole, verify)
+            .answers::<VerifyResult>("Proves that the audit log is whole"),
     ]
 }
 
@@ -23,8 +25,10 @@ async fn list(State(app): Shared, Query(query): Query<AuditQuery>) -> Answer<Vec
     blocking(move || app.audit.list(&query)).await.map(Json)
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 struct VerifyQuery {
+    /// The hash that must still be in it, 64 hexadecimal digits.
+    #[schemars(regex(pattern = "^[0-9a-f]{64}$"))]
     head: Option<String>,
 }
 

@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 
+use super::contract::{JSON, PNG, TEXT};
 use super::extract::{Path, Query};
 use super::table::{OPERATOR, Reach, Row, VIEWER};
 use super::{Answer, Body, Shared, accepted, blocking, to_value};
@@ -17,12 +18,17 @@ use crate::problem::Problem;
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::get("/api/v1/drills", VIEWER, Reach::Judged, list),
-        Row::post("/api/v1/drills", OPERATOR, Reach::Judged, start),
-        Row::get("/api/v1/drills/{id}", VIEWER, Reach::Judged, show),
-        Row::get("/api/v1/drills/{id}/console", VIEWER, Reach::Judged, console),
-        Row::get("/api/v1/drills/{id}/screenshot", VIEWER, Reach::Judged, screenshot),
-        Row::get("/api/v1/drills/{id}/trace", VIEWER, Reach::Judged, trace),
+        Row::get("/api/v1/drills", VIEWER, Reach::Judged, list)
+            .answers::<Vec<DrillReport>>("Lists drills, oldest first"),
+        Row::post("/api/v1/drills", OPERATOR, Reach::Judged, start)
+            .begins::<Vec<DrillReport>>("Boots recovery points in isolation and judges them"),
+        Row::get("/api/v1/drills/{id}", VIEWER, Reach::Judged, show).answers::<DrillReport>("Shows a drill"),
+        Row::get("/api/v1/drills/{id}/console", VIEWER, Reach::Judged, console)
+            .sends(TEXT, "What the guest said on its console"),
+        Row::get("/api/v1/drills/{id}/screenshot", VIEWER, Reach::Judged, screenshot)
+            .sends(PNG, "What the guest showed on its screen"),
+        Row::get("/api/v1/drills/{id}/trace", VIEWER, Reach::Judged, trace)
+            .answers::<serde_json::Value>("Which chunks the guest read, in order"),
     ]
 }
 
@@ -44,15 +50,15 @@ async fn show(State(app): Shared, caller: Caller, Path(id): Path<String>) -> Ans
 }
 
 async fn console(app: Shared, caller: Caller, id: Path<String>) -> Result<Response, Problem> {
-    attached(app, &caller, id, Attachment::Console, "text/plain; charset=utf-8").await
+    attached(app, &caller, id, Attachment::Console, TEXT).await
 }
 
 async fn screenshot(app: Shared, caller: Caller, id: Path<String>) -> Result<Response, Problem> {
-    attached(app, &caller, id, Attachment::Screenshot, "image/png").await
+    attached(app, &caller, id, Attachment::Screenshot, PNG).await
 }
 
 async fn trace(app: Shared, caller: Caller, id: Path<String>) -> Result<Response, Problem> {
-    attached(app, &caller, id, Attachment::Trace, "application/json").await
+    attached(app, &caller, id, Attachment::Trace, JSON).await
 }
 
 async fn attached(

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::Shared;
+use super::contract::EVENTS;
 use super::table::{Reach, Row, VIEWER};
 use crate::access::Caller;
 use crate::app::App;
@@ -27,7 +28,10 @@ use crate::signals;
 const LAST: &str = "last-event-id";
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
-    vec![Row::get("/api/v1/events", VIEWER, Reach::Judged, follow)]
+    vec![
+        Row::get("/api/v1/events", VIEWER, Reach::Judged, follow)
+            .sends(EVENTS, "Tells what happens to jobs and recoveries, as it happens"),
+    ]
 }
 
 /// A listener: who it is, how far it has been told, and what it is to be told next.

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use futures_util::stream;
 use tokio::sync::mpsc;
 
+use super::contract::{EVENTS, LINES, TAR};
 use super::table::{OPERATOR, Reach, Row};
 use super::{Answer, Body, Shared, blocking};
 use crate::access::Caller;
@@ -24,16 +25,26 @@ use crate::problem::{Kind, Problem};
 /// Pieces of an answer that wait for a slow listener.
 const WAITING_MAX: usize = 8;
 /// Lines are sent in pieces of about this size.
-const LINES: usize = 64 << 10;
+const PIECE: usize = 64 << 10;
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::post("/api/v1/files/volumes", OPERATOR, Reach::Judged, volumes).looks(),
-        Row::post("/api/v1/files/list", OPERATOR, Reach::Judged, list).looks(),
-        Row::post("/api/v1/files/find", OPERATOR, Reach::Judged, find).looks(),
-        Row::post("/api/v1/files/versions", OPERATOR, Reach::Judged, versions).looks(),
-        Row::post("/api/v1/files/tar", OPERATOR, Reach::Judged, tar),
-        Row::post("/api/v1/mounts", OPERATOR, Reach::Whole, mount),
+        Row::post("/api/v1/files/volumes", OPERATOR, Reach::Judged, volumes)
+            .answers::<Vec<DiskFiles>>("Lists disks, partitions and volumes")
+            .looks(),
+        Row::post("/api/v1/files/list", OPERATOR, Reach::Judged, list)
+            .sends(LINES, "Lists a folder, one entry a line")
+            .looks(),
+        Row::post("/api/v1/files/find", OPERATOR, Reach::Judged, find)
+            .sends(LINES, "Finds files by a glob, one a line")
+            .looks(),
+        Row::post("/api/v1/files/versions", OPERATOR, Reach::Judged, versions)
+            .sends(LINES, "Lists a file's versions across recovery points, one a line")
+            .looks(),
+        Row::post("/api/v1/files/tar", OPERATOR, Reach::Judged, tar)
+            .sends(TAR, "Sends files and trees as a tar stream"),
+        Row::post("/api/v1/mounts", OPERATOR, Reach::Whole, mount)
+            .sends(EVENTS, "Mounts disks as files for as long as the answer is listened to"),
     ]
 }
 
@@ -122,7 +133,7 @@ async fn lines(
             // A line is made of strings and numbers; it cannot fail to be written.
             serde_json::to_writer(&mut buffer, &line).unwrap_or_default();
             buffer.push(b'\n');
-            buffer.len() < LINES || sender.blocking_send(Ok(std::mem::take(&mut buffer).into())).is_ok()
+            buffer.len() < PIECE || sender.blocking_send(Ok(std::mem::take(&mut buffer).into())).is_ok()
         };
         let result = work(&mut tell);
         if !buffer.is_empty() {
@@ -132,7 +143,7 @@ async fn lines(
             let _ = sender.blocking_send(Err(problem));
         }
     });
-    respond("application/x-ndjson", receiver).await
+    respond(LINES, receiver).await
 }
 
 async fn tar(State(app): Shared, caller: Caller, Body(request): Body<CopyRequest>) -> Result<Response, Problem> {
@@ -148,12 +159,12 @@ async fn tar(State(app): Shared, caller: Caller, Body(request): Body<CopyRequest
         // A listener that has gone away is not an error of ours.
         let _ = files::send(&copy, &mut |bytes| sender.blocking_send(Ok(bytes)).is_ok());
     });
-    respond("application/x-tar", receiver).await
+    respond(TAR, receiver).await
 }
 
 /// Mounts for as long as the answer is listened to; it ends when somebody else unmounts the folder.
 async fn mount(State(app): Shared, caller: Caller, Body(request): Body<MountRequest>) -> Result<Response, Problem> {
-    app.refuse_own_folder(&request.dir)?;
+    app.check_target(&request.dir)?;
     let hold = blocking(move || {
         let (disks, _) = disks(&app, &caller, &request.place, &mut HashMap::new())?;
         // Nobody else has them: they were opened for this.

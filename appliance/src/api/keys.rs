@@ -13,10 +13,11 @@ use crate::keys::{self, KeyChange, KeyView, NewKeyRequest};
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::get("/api/v1/keys", ADMIN, Reach::Whole, list),
-        Row::post("/api/v1/keys", ADMIN, Reach::Whole, add),
-        Row::post("/api/v1/keys/rotate", ADMIN, Reach::Whole, rotate),
-        Row::delete("/api/v1/keys/{slot}", ADMIN, Reach::Whole, remove),
+        Row::get("/api/v1/keys", ADMIN, Reach::Whole, list).answers::<Vec<KeyView>>("Lists key slots"),
+        Row::post("/api/v1/keys", ADMIN, Reach::Whole, add).answers::<KeyChange>("Adds a key slot"),
+        Row::post("/api/v1/keys/rotate", ADMIN, Reach::Whole, rotate)
+            .answers::<KeyChange>("Replaces a key slot by another"),
+        Row::delete("/api/v1/keys/{slot}", ADMIN, Reach::Whole, remove).answers::<KeyChange>("Removes a key slot"),
     ]
 }
 

@@ -5,6 +5,8 @@
 //! what a row declares.
 
 mod audit;
+pub mod contract;
+mod document;
 mod drills;
 mod events;
 mod extract;
@@ -31,8 +33,10 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
 use futures_util::future::Either;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use self::contract::{EVENTS, METRICS};
 use self::extract::{Body, Path, Query};
 use self::login::Logins;
 use self::table::{ADMIN, Need, OPERATOR, Reach, Row, VIEWER};
@@ -40,7 +44,7 @@ use crate::access::Caller;
 use crate::admission::{Capacity, Terms};
 use crate::app::App;
 use crate::audit::About;
-use crate::capture::{self, BackupRequest};
+use crate::capture::{self, BackupRequest, BackupResult};
 use crate::catalog::{DamagedPoint, ListedPoint, Listing, PointSummary};
 use crate::jobs::{Job, JobView, Jobs, Subject};
 use crate::metrics::House;
@@ -56,7 +60,7 @@ use crate::{collect, inspect, verify};
 const BODY_MAX: usize = 8 << 20;
 
 /// What `/healthz` says: who answers, and for which repository.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Health {
     /// The program's version.
     pub version: String,
@@ -66,32 +70,64 @@ pub struct Health {
     pub repository: PathBuf,
 }
 
+/// That somebody answers.
+#[derive(Debug, Serialize, JsonSchema)]
+struct Alive {
+    /// `ok` or `ready`.
+    status: &'static str,
+    /// Who it is, for those who may know.
+    #[serde(flatten)]
+    who: Option<Health>,
+}
+
 /// All operations. Add a row for a new one: who may, what it reaches, who answers.
 fn rows(app: &App) -> Vec<Row<Arc<App>>> {
     let own = vec![
-        Row::get("/healthz", Need::Nobody, Reach::Whole, health),
-        Row::get("/readyz", Need::Nobody, Reach::Whole, ready),
-        Row::get("/metrics", VIEWER, Reach::Whole, metrics),
-        Row::get("/api/v1/machines", OPERATOR, Reach::Whole, list_machines),
-        Row::get("/api/v1/points", VIEWER, Reach::Judged, list_points),
-        Row::post("/api/v1/points", OPERATOR, Reach::Whole, back_up),
-        Row::get("/api/v1/points/{point}", VIEWER, Reach::Judged, show_point),
-        Row::get("/api/v1/points/{point}/hardware", VIEWER, Reach::Judged, show_hardware),
-        Row::post("/api/v1/points/{point}/restore", OPERATOR, Reach::Whole, restore_point),
-        Row::post("/api/v1/verify", OPERATOR, Reach::Whole, verify_repository),
-        Row::post("/api/v1/collect", ADMIN, Reach::Whole, collect_repository),
-        Row::post("/api/v1/exports", OPERATOR, Reach::Whole, export),
-        Row::get("/api/v1/host", VIEWER, Reach::Whole, host),
-        Row::get("/api/v1/recoveries", VIEWER, Reach::Judged, list_recoveries),
-        Row::post("/api/v1/recoveries", OPERATOR, Reach::Judged, recover),
-        Row::get("/api/v1/recoveries/{name}", VIEWER, Reach::Recovery, show_recovery),
-        Row::delete("/api/v1/recoveries/{name}", OPERATOR, Reach::Recovery, discard),
-        Row::post("/api/v1/recoveries/{name}/start", OPERATOR, Reach::Recovery, start),
-        Row::post("/api/v1/recoveries/{name}/rehydration", OPERATOR, Reach::Whole, rehydrate),
-        Row::patch("/api/v1/recoveries/{name}/rehydration", OPERATOR, Reach::Recovery, steer),
-        Row::post("/api/v1/recoveries/{name}/cutover", OPERATOR, Reach::Recovery, cut_over),
-        Row::post("/api/v1/recoveries/{name}/commit", OPERATOR, Reach::Recovery, commit),
-        Row::put("/api/v1/recoveries/{name}/commits", OPERATOR, Reach::Recovery, schedule),
+        Row::get("/healthz", Need::Nobody, Reach::Whole, health)
+            .answers::<Alive>("Says that somebody answers; who, to whoever may know"),
+        Row::get("/readyz", Need::Nobody, Reach::Whole, ready)
+            .answers::<Alive>("Says whether the repository can be reached"),
+        Row::get("/metrics", VIEWER, Reach::Whole, metrics)
+            .sends(METRICS, "What is counted, in the text form of OpenMetrics"),
+        Row::get("/api/v1/machines", OPERATOR, Reach::Whole, list_machines)
+            .answers::<Vec<capture::MachineView>>("Lists the machines that a hypervisor has"),
+        Row::get("/api/v1/points", VIEWER, Reach::Judged, list_points)
+            .answers::<Vec<ListedPoint>>("Lists recovery points, oldest first"),
+        Row::post("/api/v1/points", OPERATOR, Reach::Whole, back_up).begins::<BackupResult>("Backs a machine up"),
+        Row::get("/api/v1/points/{point}", VIEWER, Reach::Judged, show_point)
+            .answers::<inspect::PointDetail>("Shows a recovery point"),
+        Row::get("/api/v1/points/{point}/hardware", VIEWER, Reach::Judged, show_hardware)
+            .answers::<serde_json::Value>("Shows the machine's definition, UEFI variables included"),
+        Row::post("/api/v1/points/{point}/restore", OPERATOR, Reach::Whole, restore_point)
+            .begins::<restore::RestoreResult>("Restores disks to images, devices or NBD exports"),
+        Row::post("/api/v1/verify", OPERATOR, Reach::Whole, verify_repository)
+            .begins::<verify::VerifyResult>("Verifies the repository or a recovery point"),
+        Row::post("/api/v1/collect", ADMIN, Reach::Whole, collect_repository)
+            .begins::<collect::CollectResult>("Frees what no recovery point needs"),
+        Row::post("/api/v1/exports", OPERATOR, Reach::Whole, export)
+            .sends(EVENTS, "Serves disks over NBD for as long as the answer is listened to"),
+        Row::get("/api/v1/host", VIEWER, Reach::Whole, host)
+            .answers::<Capacity>("Says what room the host has for recoveries"),
+        Row::get("/api/v1/recoveries", VIEWER, Reach::Judged, list_recoveries)
+            .answers::<Vec<RecoveryView>>("Lists recoveries"),
+        Row::post("/api/v1/recoveries", OPERATOR, Reach::Judged, recover)
+            .creates::<RecoveryView>("Boots a machine from a recovery point"),
+        Row::get("/api/v1/recoveries/{name}", VIEWER, Reach::Recovery, show_recovery)
+            .answers::<RecoveryView>("Shows a recovery"),
+        Row::delete("/api/v1/recoveries/{name}", OPERATOR, Reach::Recovery, discard)
+            .answers::<RecoveryView>("Ends a recovery and removes what it holds"),
+        Row::post("/api/v1/recoveries/{name}/start", OPERATOR, Reach::Recovery, start)
+            .answers::<RecoveryView>("Starts the VM again on what it has written"),
+        Row::post("/api/v1/recoveries/{name}/rehydration", OPERATOR, Reach::Whole, rehydrate)
+            .answers::<RecoveryView>("Copies the disks to production storage while the guest runs"),
+        Row::patch("/api/v1/recoveries/{name}/rehydration", OPERATOR, Reach::Recovery, steer)
+            .answers::<RecoveryView>("Pauses, resumes or cancels the copying"),
+        Row::post("/api/v1/recoveries/{name}/cutover", OPERATOR, Reach::Recovery, cut_over)
+            .answers::<RecoveryView>("Moves the VM to production storage without a reboot"),
+        Row::post("/api/v1/recoveries/{name}/commit", OPERATOR, Reach::Recovery, commit)
+            .begins::<BackupResult>("Makes a recovery point of what the guest has written"),
+        Row::put("/api/v1/recoveries/{name}/commits", OPERATOR, Reach::Recovery, schedule)
+            .answers::<RecoveryView>("Sets or ends commits by the clock"),
     ];
     let jobs = job_rows().into_iter().map(|row| row.with_state(app.jobs.clone()));
     let families = [
@@ -103,16 +139,18 @@ fn rows(app: &App) -> Vec<Row<Arc<App>>> {
         audit::rows(),
         schedules::rows(),
         feed::rows(),
+        document::rows(),
     ];
     own.into_iter().chain(jobs).chain(families.into_iter().flatten()).collect()
 }
 
 fn job_rows() -> Vec<Row<Arc<Jobs>>> {
     vec![
-        Row::get("/api/v1/jobs", VIEWER, Reach::Judged, list_jobs),
-        Row::get("/api/v1/jobs/{id}", VIEWER, Reach::Judged, show_job),
-        Row::delete("/api/v1/jobs/{id}", OPERATOR, Reach::Judged, cancel_job),
-        Row::get("/api/v1/jobs/{id}/events", VIEWER, Reach::Judged, follow_job),
+        Row::get("/api/v1/jobs", VIEWER, Reach::Judged, list_jobs).answers::<Vec<JobView>>("Lists jobs"),
+        Row::get("/api/v1/jobs/{id}", VIEWER, Reach::Judged, show_job).answers::<JobView>("Shows a job"),
+        Row::delete("/api/v1/jobs/{id}", OPERATOR, Reach::Judged, cancel_job).answers::<JobView>("Tells a job to end"),
+        Row::get("/api/v1/jobs/{id}/events", VIEWER, Reach::Judged, follow_job)
+            .sends(EVENTS, "Tells the progress of a job until it ends"),
     ]
 }
 
@@ -143,24 +181,21 @@ type Shared = State<Arc<App>>;
 type Answer<T> = Result<Json<T>, Problem>;
 
 /// Whoever has not said who he is learns only that somebody answers.
-async fn health(State(app): Shared, caller: Option<Extension<Caller>>) -> Response {
-    match caller {
-        None => Json(serde_json::json!({ "status": "ok" })).into_response(),
-        Some(_) => Json(Health {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            pid: std::process::id(),
-            repository: app.location.clone(),
-        })
-        .into_response(),
-    }
+async fn health(State(app): Shared, caller: Option<Extension<Caller>>) -> Json<Alive> {
+    let who = caller.map(|_| Health {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        repository: app.location.clone(),
+    });
+    Json(Alive { status: "ok", who })
 }
 
 /// Whether what is asked for can be done: the repository is there.
-async fn ready(State(app): Shared) -> Result<Response, Problem> {
+async fn ready(State(app): Shared) -> Answer<Alive> {
     let config = app.location.join("repository");
     let looked = tokio::time::timeout(READY, blocking(move || Ok(config.is_file()))).await;
     match looked {
-        Ok(Ok(true)) => Ok(Json(serde_json::json!({ "status": "ready" })).into_response()),
+        Ok(Ok(true)) => Ok(Json(Alive { status: "ready", who: None })),
         // Where it should be is for the log, not for strangers.
         _ => {
             tracing::warn!(repository = %app.location.display(), "not ready: the repository cannot be read");
@@ -180,21 +215,24 @@ async fn metrics(State(app): Shared) -> Result<Response, Problem> {
     let house = blocking(move || House::look(&looking)).await?;
     let text =
         statistics::metrics(groups, house).map_err(|error| Problem::failed("cannot write the metrics", &error))?;
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    Ok(([(axum::http::header::CONTENT_TYPE, kind)], text).into_response())
+    Ok(([(axum::http::header::CONTENT_TYPE, METRICS)], text).into_response())
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 struct PointsQuery {
+    /// Only of this machine.
     machine: Option<String>,
     #[serde(flatten)]
     page: Page,
 }
 
 /// A part of a list that is ordered: at most `limit` of what follows `after`.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 struct Page {
+    /// What the part begins behind: the id, name or number of the last one seen.
     after: Option<String>,
+    /// How many at most.
+    #[schemars(with = "Option<std::num::NonZeroU32>")]
     limit: Option<String>,
 }
 
@@ -225,8 +263,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Problem> +
     tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed("the operation ended badly", &error))?
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 struct MachinesQuery {
+    /// Which hypervisor: `libvirt:URI`.
     on: String,
 }
 
@@ -307,7 +346,7 @@ async fn restore_point(
     let point = blocking(move || resolving.resolve(&point)).await?;
     let plan = restore::plan(&point, &request)?;
     for target in plan.files() {
-        app.refuse_own_folder(target)?;
+        app.check_target(target)?;
     }
     let jobs = app.jobs.clone();
     let job = jobs.start("restore", Subject::machine(&point.machine), move |progress| {
@@ -350,7 +389,7 @@ async fn collect_repository(
 
 async fn export(State(app): Shared, Body(request): Body<ExportRequest>) -> Result<Response, Problem> {
     if let Some(folder) = &request.overlay {
-        app.refuse_own_folder(folder)?;
+        app.check_target(folder)?;
     }
     let (resolving, spec) = (app.clone(), request.point.clone());
     let point = blocking(move || resolving.resolve(&spec)).await?;
@@ -368,8 +407,9 @@ async fn show_recovery(State(app): Shared, Path(name): Path<String>) -> Answer<R
     app.recoveries.view(&name).map(Json)
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 struct AdmissionQuery {
+    /// What is done when the host has no room.
     #[serde(default)]
     admission: Terms,
 }
@@ -420,8 +460,8 @@ async fn rehydrate(
     Path(name): Path<String>,
     Body(request): Body<RehydrateRequest>,
 ) -> Answer<RecoveryView> {
-    for target in &request.targets {
-        app.refuse_own_folder(std::path::Path::new(&target.place))?;
+    for target in request.targets.iter().filter(|target| !capture::is_uri(&target.place)) {
+        app.check_target(std::path::Path::new(&target.place))?;
     }
     let work = tokio::spawn(async move { app.recoveries.rehydrate(&name, &request).await });
     work.await.map_err(|error| Problem::failed("the rehydration ended badly", &error))?.map(Json)

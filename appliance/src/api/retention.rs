@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::extract::{Path, Query};
@@ -16,10 +17,14 @@ use crate::retention::prune::{self, PruneRequest, PruneResult};
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::post("/api/v1/prune", ADMIN, Reach::Whole, prune),
-        Row::delete("/api/v1/points/{point}", ADMIN, Reach::Judged, forget),
-        Row::put("/api/v1/points/{point}/protection", OPERATOR, Reach::Judged, protect),
-        Row::delete("/api/v1/points/{point}/protection", ADMIN, Reach::Judged, unprotect),
+        Row::post("/api/v1/prune", ADMIN, Reach::Whole, prune)
+            .answers::<PruneResult>("Forgets recovery points that no rule keeps"),
+        Row::delete("/api/v1/points/{point}", ADMIN, Reach::Judged, forget)
+            .answers::<ForgetResult>("Forgets a recovery point"),
+        Row::put("/api/v1/points/{point}/protection", OPERATOR, Reach::Judged, protect)
+            .answers::<ProtectResult>("Protects a recovery point from prune and forget"),
+        Row::delete("/api/v1/points/{point}/protection", ADMIN, Reach::Judged, unprotect)
+            .answers::<ProtectResult>("Ends the protection of a recovery point"),
     ]
 }
 
@@ -27,8 +32,9 @@ async fn prune(State(app): Shared, Body(request): Body<PruneRequest>) -> Answer<
     blocking(move || prune::prune(&app, &request)).await.map(Json)
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 struct ForgetQuery {
+    /// Also if it is its machine's newest.
     #[serde(default)]
     newest: bool,
 }

@@ -17,9 +17,11 @@ use crate::schedule::{ScheduleView, Schedules, runner};
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::get("/api/v1/schedules", VIEWER, Reach::Whole, list),
-        Row::get("/api/v1/schedules/{policy}", VIEWER, Reach::Whole, show),
-        Row::post("/api/v1/schedules/{policy}/run", OPERATOR, Reach::Whole, run),
+        Row::get("/api/v1/schedules", VIEWER, Reach::Whole, list)
+            .answers::<Vec<ScheduleView>>("Lists policies and when they run"),
+        Row::get("/api/v1/schedules/{policy}", VIEWER, Reach::Whole, show).answers::<ScheduleView>("Shows a policy"),
+        Row::post("/api/v1/schedules/{policy}/run", OPERATOR, Reach::Whole, run)
+            .accepts::<ScheduleView>("Runs a policy now"),
     ]
 }
 

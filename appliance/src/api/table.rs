@@ -1,7 +1,8 @@
 //! The route table: one [`Row`] for each operation says its method, its path, what its caller needs, and who answers. The
 //! router is made from the rows alone, so an operation that does not say what it needs cannot be reached.
 //!
-//! A new operation is one more row in `rows()` of its module. What to write for [`Reach`]:
+//! A new operation is one more row in `rows()` of its module, with what it answers: there is no row without. What it takes
+//! is read off its handler. What to write for [`Reach`]:
 //!
 //! - [`Reach::Whole`], unless there is a reason: a token that is limited to machines is refused.
 //! - [`Reach::Recovery`] when the path has a recovery's `{name}`: it is looked up, and refused if its machine is not the
@@ -25,7 +26,9 @@ use axum::http::{Method, StatusCode};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{self, MethodFilter, MethodRouter};
+use schemars::JsonSchema;
 
+use super::contract::{Answer, Contract, Part, Takes};
 use super::login::Peer;
 use crate::access::{Caller, Origin, Role, forbidden, unknown_caller};
 use crate::app::App;
@@ -75,54 +78,125 @@ pub struct Row<S> {
     pub reach: Reach,
     /// Whether it changes anything or hands data out, which is recorded in the audit log.
     pub audited: bool,
+    /// What it takes and answers.
+    pub contract: Contract,
+    answer: MethodRouter<S>,
+}
+
+/// An operation that has yet to say what it answers.
+#[derive(Debug)]
+pub struct Unanswered<S> {
+    method: Method,
+    path: &'static str,
+    need: Need,
+    reach: Reach,
+    takes: Vec<Part>,
     answer: MethodRouter<S>,
 }
 
 impl<S: Clone + Send + Sync + 'static> Row<S> {
-    fn new<H: Handler<T, S>, T: 'static>(
+    fn answered_by<H: Handler<T, S>, T: Takes + 'static>(
         (method, filter): (Method, MethodFilter),
         path: &'static str,
         (need, reach): (Need, Reach),
         handler: H,
-    ) -> Row<S> {
-        let audited = method != Method::GET;
-        Row { method, path, need, reach, audited, answer: routing::on(filter, handler) }
+    ) -> Unanswered<S> {
+        Unanswered { method, path, need, reach, takes: T::parts(), answer: routing::on(filter, handler) }
     }
 
     /// Answers GET.
-    pub fn get<H: Handler<T, S>, T: 'static>(path: &'static str, need: Need, reach: Reach, handler: H) -> Row<S> {
-        Row::new((Method::GET, MethodFilter::GET), path, (need, reach), handler)
+    pub fn get<H: Handler<T, S>, T: Takes + 'static>(
+        path: &'static str,
+        need: Need,
+        reach: Reach,
+        handler: H,
+    ) -> Unanswered<S> {
+        Row::answered_by((Method::GET, MethodFilter::GET), path, (need, reach), handler)
     }
 
     /// Answers POST.
-    pub fn post<H: Handler<T, S>, T: 'static>(path: &'static str, need: Need, reach: Reach, handler: H) -> Row<S> {
-        Row::new((Method::POST, MethodFilter::POST), path, (need, reach), handler)
+    pub fn post<H: Handler<T, S>, T: Takes + 'static>(
+        path: &'static str,
+        need: Need,
+        reach: Reach,
+        handler: H,
+    ) -> Unanswered<S> {
+        Row::answered_by((Method::POST, MethodFilter::POST), path, (need, reach), handler)
     }
 
     /// Answers PUT.
-    pub fn put<H: Handler<T, S>, T: 'static>(path: &'static str, need: Need, reach: Reach, handler: H) -> Row<S> {
-        Row::new((Method::PUT, MethodFilter::PUT), path, (need, reach), handler)
+    pub fn put<H: Handler<T, S>, T: Takes + 'static>(
+        path: &'static str,
+        need: Need,
+        reach: Reach,
+        handler: H,
+    ) -> Unanswered<S> {
+        Row::answered_by((Method::PUT, MethodFilter::PUT), path, (need, reach), handler)
     }
 
     /// Answers PATCH.
-    pub fn patch<H: Handler<T, S>, T: 'static>(path: &'static str, need: Need, reach: Reach, handler: H) -> Row<S> {
-        Row::new((Method::PATCH, MethodFilter::PATCH), path, (need, reach), handler)
+    pub fn patch<H: Handler<T, S>, T: Takes + 'static>(
+        path: &'static str,
+        need: Need,
+        reach: Reach,
+        handler: H,
+    ) -> Unanswered<S> {
+        Row::answered_by((Method::PATCH, MethodFilter::PATCH), path, (need, reach), handler)
     }
 
     /// Answers DELETE.
-    pub fn delete<H: Handler<T, S>, T: 'static>(path: &'static str, need: Need, reach: Reach, handler: H) -> Row<S> {
-        Row::new((Method::DELETE, MethodFilter::DELETE), path, (need, reach), handler)
+    pub fn delete<H: Handler<T, S>, T: Takes + 'static>(
+        path: &'static str,
+        need: Need,
+        reach: Reach,
+        handler: H,
+    ) -> Unanswered<S> {
+        Row::answered_by((Method::DELETE, MethodFilter::DELETE), path, (need, reach), handler)
     }
 
     /// The same for a router of another state; this one's is given.
     pub fn with_state<S2>(self, state: S) -> Row<S2> {
-        let Row { method, path, need, reach, audited, answer } = self;
-        Row { method, path, need, reach, audited, answer: answer.with_state(state) }
+        let Row { method, path, need, reach, audited, contract, answer } = self;
+        Row { method, path, need, reach, audited, contract, answer: answer.with_state(state) }
     }
 
     /// The same, which only looks although its method is not GET: it has too much to say for a query.
     pub fn looks(self) -> Row<S> {
         Row { audited: false, ..self }
+    }
+}
+
+impl<S> Unanswered<S> {
+    /// Answers 200 with a `T`. `summary` says what it does.
+    pub fn answers<T: JsonSchema>(self, summary: &'static str) -> Row<S> {
+        self.with(summary, Answer::json::<T>(StatusCode::OK))
+    }
+
+    /// Answers 201 with a `T`.
+    pub fn creates<T: JsonSchema>(self, summary: &'static str) -> Row<S> {
+        self.with(summary, Answer::json::<T>(StatusCode::CREATED))
+    }
+
+    /// Answers 202 with a `T`.
+    pub fn accepts<T: JsonSchema>(self, summary: &'static str) -> Row<S> {
+        self.with(summary, Answer::json::<T>(StatusCode::ACCEPTED))
+    }
+
+    /// Answers 202 with a job, whose result is a `T`.
+    pub fn begins<T: JsonSchema>(self, summary: &'static str) -> Row<S> {
+        self.with(summary, Answer::job::<T>())
+    }
+
+    /// Answers 200 with something that is not JSON, of this media type.
+    pub fn sends(self, media: &'static str, summary: &'static str) -> Row<S> {
+        self.with(summary, Answer::other(media))
+    }
+
+    fn with(self, summary: &'static str, answer: Answer) -> Row<S> {
+        let contract = Contract { summary, takes: self.takes, answer };
+        let Unanswered { method, path, need, reach, answer, .. } = self;
+        let audited = method != Method::GET;
+        Row { method, path, need, reach, audited, contract, answer }
     }
 }
 
@@ -268,4 +342,4 @@ impl Drop for Pending {
 
 #[cfg(test)]
 #[path = "table_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -13,13 +13,13 @@ use crate::api::login::{Logins, Peer, identify};
 use crate::app::{Encryption, Options, init};
 
 /// A repository with one point, of the machine `theirs`.
-struct Bench {
-    app: Arc<App>,
+pub struct Bench {
+    pub app: Arc<App>,
     dir: tempfile::TempDir,
 }
 
 impl Bench {
-    async fn new() -> Bench {
+    pub async fn new() -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let options = Options {
             repository: Some(dir.path().join("repo").display().to_string()),
@@ -63,7 +63,7 @@ impl Bench {
         ask(super::super::strangers(&self.app), method.clone(), path, token, body).await
     }
 
-    fn rows(&self) -> Vec<Row<Arc<App>>> {
+    pub fn rows(&self) -> Vec<Row<Arc<App>>> {
         super::super::rows(&self.app)
     }
 }
@@ -114,7 +114,7 @@ async fn every_operation_refuses_who_has_no_token_or_too_small_a_role() {
     let rows = bench.rows();
     assert!(rows.len() > 30, "where are the operations?");
     let public: Vec<&str> = rows.iter().filter(|row| row.need == Need::Nobody).map(|row| row.path).collect();
-    assert_eq!(public, ["/healthz", "/readyz"], "whoever can connect may ask these");
+    assert_eq!(public, ["/healthz", "/readyz", "/openapi.json"], "whoever can connect may ask these");
     for row in &rows {
         let (name, path) = (format!("{} {}", row.method, row.path), nowhere(row.path));
         let Need::Role(needed) = row.need else { continue };
@@ -197,7 +197,7 @@ async fn who_is_limited_to_machines_gets_at_nothing_else() {
 async fn a_recovery_is_shown_to_those_who_may_see_its_machine() {
     let bench = Bench::new().await;
     let (stranger, friend) = (bench.token(Role::Operator, Some("mine")), bench.token(Role::Operator, Some("theirs")));
-    let post = Row::<Arc<App>>::post("/api/v1/recoveries", OPERATOR, Reach::Judged, || async {});
+    let post = Row::<Arc<App>>::post("/api/v1/recoveries", OPERATOR, Reach::Judged, || async {}).creates::<()>("");
     let (path, body) = about_theirs(&post);
     let (status, said) = bench.network(&Method::POST, &path, Some(&friend), body).await;
     assert_eq!(status, StatusCode::CREATED, "{said}");

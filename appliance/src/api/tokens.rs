@@ -11,7 +11,7 @@ use chrono::Utc;
 use super::extract::Path;
 use super::table::{ADMIN, Reach, Row};
 use super::{Answer, Body, Shared, blocking};
-use crate::access::tokens::{NewTokenRequest, TokenView};
+use crate::access::tokens::{NewToken, NewTokenRequest, TokenView};
 use crate::app::App;
 use crate::audit::About;
 use crate::problem::Problem;
@@ -20,9 +20,9 @@ const PATH: &str = "/api/v1/tokens";
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
-        Row::get(PATH, ADMIN, Reach::Whole, list),
-        Row::post(PATH, ADMIN, Reach::Whole, create),
-        Row::delete("/api/v1/tokens/{token}", ADMIN, Reach::Whole, revoke),
+        Row::get(PATH, ADMIN, Reach::Whole, list).answers::<Vec<TokenView>>("Lists tokens, without their secrets"),
+        Row::post(PATH, ADMIN, Reach::Whole, create).creates::<NewToken>("Makes a token; its secret is told once"),
+        Row::delete("/api/v1/tokens/{token}", ADMIN, Reach::Whole, revoke).answers::<TokenView>("Revokes a token"),
     ]
 }
 

@@ -16,6 +16,7 @@ use std::sync::{Mutex, PoisonError};
 
 use blake3::Hash;
 use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use read::{AuditQuery, Damage, VerifyResult};
@@ -34,7 +35,7 @@ const GENESIS: [u8; 32] = [0; 32];
 pub struct About(pub String);
 
 /// What a record tells.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
     /// Somebody asks for a change, and may.
@@ -74,7 +75,7 @@ pub enum Event {
 }
 
 /// A record.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Record {
     /// Its number, from 1.
     pub number: u64,
@@ -86,7 +87,7 @@ pub struct Record {
 }
 
 /// A record with its place in the chain.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Chained {
     /// The hash of this record and all before it.
     pub hash: String,

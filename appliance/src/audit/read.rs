@@ -6,6 +6,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use blake3::Hash;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Chained, End, GENESIS, LINE_MAX, Record, end_of, link, take_apart};
@@ -17,7 +18,7 @@ const NAMED_MAX: usize = 100;
 const LIMIT_MAX: usize = 10_000;
 
 /// Which records.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AuditQuery {
     /// Only those with a higher number, from the oldest on; the newest ones if absent.
@@ -27,7 +28,7 @@ pub struct AuditQuery {
 }
 
 /// What is wrong with a line.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Damage {
     /// The line, from 1.
     pub line: u64,
@@ -36,7 +37,7 @@ pub struct Damage {
 }
 
 /// Whether the log is what was written.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VerifyResult {
     /// Whether the chain holds from the first record to the last, and goes through the hash that was asked for.
     pub ok: bool,

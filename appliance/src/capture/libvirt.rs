@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use hypervisor::libvirt::xml::{self, CapturedDisk, CapturedSource};
 use hypervisor::libvirt::{Backup, Domains, FoundDomain, Freeze, LibvirtError, Reason};
 use hypervisor::{Bus, Card};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{SourceSpec, check_name};
@@ -19,7 +20,7 @@ const FOLDERS: &str = "/var/tmp";
 const FOLDER_PREFIX: &str = "lifeboat-backup-";
 
 /// A domain to back up.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DomainSpec {
     /// Which libvirt.
     pub uri: String,
@@ -31,7 +32,7 @@ pub struct DomainSpec {
 }
 
 /// A domain as the API lists it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct MachineView {
     /// Its name.
     pub name: String,
@@ -49,7 +50,7 @@ pub struct MachineView {
 }
 
 /// A disk of a domain as the API lists it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct MachineDiskView {
     /// What the domain calls it.
     pub name: String,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blockstore::{Consistency, PointDetails, Progress, RecoveryPoint, Repository, Source};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use libvirt::{DomainSpec, MachineView, machines};
@@ -31,7 +32,7 @@ const NAME_MAX: usize = 128;
 const LABEL_MAX: usize = 1024;
 
 /// A disk to back up.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SourceSpec {
     /// What the disk is called in the recovery point.
     pub disk: String,
@@ -40,7 +41,7 @@ pub struct SourceSpec {
 }
 
 /// What to back up.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BackupRequest {
     /// The machine.
     pub machine: String,
@@ -76,6 +77,10 @@ impl BackupRequest {
         let mut seen = HashSet::new();
         for source in &self.sources {
             check_name("disk", &source.disk)?;
+            if !is_uri(&source.location) && !Path::new(&source.location).is_absolute() {
+                return Err(Problem::usage(format!("`{}` is not an absolute path", source.location))
+                    .hint("begin it with /: a service has a folder of its own"));
+            }
             if !seen.insert(&source.disk) {
                 return Err(Problem::usage(format!("disk {} is given twice", source.disk))
                     .hint("name each disk differently: root=a.qcow2 data=b.qcow2"));
@@ -113,7 +118,7 @@ pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), Problem> {
 }
 
 /// What a backup did.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct BackupResult {
     /// The id of the new recovery point.
     pub point: String,

@@ -11,6 +11,7 @@ use std::time::Duration;
 use blockstore::error::ReadError;
 use blockstore::{DrillId, Protected, RecoveryPoint, RecoveryPointId, Repository};
 use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::problem::Problem;
@@ -19,7 +20,7 @@ use crate::problem::Problem;
 const CACHE_BYTES: u64 = 16 << 20;
 
 /// A recovery point as `points` lists it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PointSummary {
     /// 64 hexadecimal digits.
     pub id: String,
@@ -53,7 +54,7 @@ pub struct PointSummary {
 }
 
 /// A recovery point that cannot be read, as `points` lists it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DamagedPoint {
     /// 64 hexadecimal digits.
     pub id: String,
@@ -98,7 +99,7 @@ impl DamagedPoint {
 }
 
 /// A point of either kind.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum ListedPoint {
     /// It can be read.
@@ -129,7 +130,7 @@ impl Listing {
 }
 
 /// A disk of a recovery point.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskSummary {
     /// As given at backup.
     pub name: String,

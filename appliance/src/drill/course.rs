@@ -10,13 +10,14 @@
 //! A stage is what was reached last, and is never gone back from: a guest that resets itself is counted, not set back.
 //! Once there is an outcome nothing changes any more.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A guest that resets itself this often is in a loop.
 pub const RESETS_MAX: u32 = 3;
 
 /// How far a guest has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stage {
     /// Its disks are being published.
@@ -70,7 +71,7 @@ pub enum Event {
 }
 
 /// Milliseconds since the drill began; absent while it has not happened.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Times {
     /// Until the exports served.
     pub published_ms: Option<u64>,
@@ -85,7 +86,7 @@ pub struct Times {
 }
 
 /// A check as it stands.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CheckView {
     /// What is checked.
     pub check: String,

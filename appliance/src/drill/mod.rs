@@ -16,6 +16,7 @@ mod warm;
 mod watch;
 
 use hypervisor::Keep;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use batch::{Plan, plan, run_all};
@@ -30,7 +31,7 @@ use crate::recovery::{HypervisorKind, Identity, RecoverRequest};
 use course::{CheckView, Stage, Times};
 
 /// What to drill, and how to judge it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct DrillRequest {
     /// Recovery points, as [`crate::catalog::spec`] takes them.
@@ -126,7 +127,7 @@ impl DrillRequest {
 }
 
 /// How a drill ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DrillResult {
     /// All checks passed.
@@ -145,7 +146,7 @@ impl std::fmt::Display for DrillResult {
 }
 
 /// What a drill found. Stored with the point but for the paths.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DrillReport {
     /// Its name, if it is kept.
     #[serde(default)]

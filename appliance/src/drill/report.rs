@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use blockstore::drill::DrillRecord;
 use blockstore::error::ReadError;
 use blockstore::{DrillId, RecoveryPointId};
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::DrillReport;
@@ -78,7 +79,7 @@ fn drop_copies(dir: &Path) {
 }
 
 /// Which drills to list.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct Filter {
     /// Of this machine.
     pub machine: Option<String>,

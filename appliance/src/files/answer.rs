@@ -1,10 +1,11 @@
 //! What the API says of disks, volumes and files.
 
 use images::fs::{FileType, Node};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A disk and what lies on it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskFiles {
     /// The disk.
     pub disk: String,
@@ -19,7 +20,7 @@ pub struct DiskFiles {
 }
 
 /// A partition or logical volume.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VolumeView {
     /// `p1`, `VG/LV` or `whole`.
     pub name: String,
@@ -39,7 +40,7 @@ pub struct VolumeView {
 }
 
 /// One line of a listing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Line {
     /// Something that could not be read.
@@ -54,7 +55,7 @@ pub enum Line {
 }
 
 /// A file, directory, or whatever else has a name.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FileView {
     /// From the root of its volume. Bytes that are no UTF-8 are shown as U+FFFD.
     pub path: String,

@@ -10,6 +10,7 @@ mod send;
 mod source;
 mod tar;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use find::{find, versions};
@@ -19,7 +20,7 @@ pub use send::{Copy, Remark, send};
 pub use source::{Disks, live, of_point};
 
 /// A place in the disks of a recovery point or a recovery, as a person names it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Place {
     /// The recovery whose present disks are meant; a recovery point when not given.
     #[serde(default)]
@@ -29,7 +30,7 @@ pub struct Place {
 }
 
 /// What to list.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ListRequest {
     /// Where.
     #[serde(flatten)]
@@ -40,14 +41,14 @@ pub struct ListRequest {
 }
 
 /// What to copy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CopyRequest {
     /// Files and trees; the last component of a path may be a glob.
     pub places: Vec<Place>,
 }
 
 /// What to look for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FindRequest {
     /// Where.
     #[serde(flatten)]
@@ -57,7 +58,7 @@ pub struct FindRequest {
 }
 
 /// A file whose versions are asked for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VersionsRequest {
     /// The machine.
     pub machine: String,

@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use images::mount::{Content, Mounted, mount};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Disks, Place};
 use crate::problem::Problem;
 
 /// What to mount, and where.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct MountRequest {
     /// A recovery point or a recovery.
     #[serde(flatten)]

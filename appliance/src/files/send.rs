@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use bytes::Bytes;
 use images::DiskImage;
 use images::fs::{FileSystem, FileType, FsError, Located, Node, NodeId, Walk, WalkStep, find_path};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::list::from_fs;
@@ -30,7 +31,7 @@ const NAME_MAX: usize = 255;
 const GLOB_MAX: usize = 100_000;
 
 /// What is told beside the files.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Remark {
     /// An object is missing from the stream, or what came last is not as it was.

@@ -9,6 +9,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use hypervisor::{Bus, Card};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -29,7 +30,7 @@ const BIOS: &str = "bios";
 const UEFI: &str = "uefi";
 
 /// Who described the machine.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// Lifeboat: there is nothing else.
@@ -40,7 +41,7 @@ pub enum Kind {
 }
 
 /// A machine's definition. What is absent is not known.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Hardware {
     /// Who described it.
@@ -62,6 +63,7 @@ pub struct Hardware {
     pub firmware: Option<String>,
     /// The UEFI variable store.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub uefi_vars: Option<Variables>,
     /// How disks are attached that `disks` does not name.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,7 +80,7 @@ pub struct Hardware {
 }
 
 /// How a disk is attached.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Attached {
     /// The disk's name in the recovery point.
     pub name: String,
@@ -87,7 +89,7 @@ pub struct Attached {
 }
 
 /// A network card.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Nic {
     /// `virtio`, `e1000e`, `e1000` or `rtl8139`.

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use blockstore::Progress;
 use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
@@ -25,7 +26,7 @@ use crate::problem::Problem;
 const KEPT_ENDED: usize = 100;
 
 /// How a job stands.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "state", rename_all = "kebab-case")]
 pub enum Outcome {
     /// Still at work.
@@ -76,7 +77,7 @@ impl From<&str> for Subject {
 }
 
 /// A job as the API shows it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct JobView {
     /// Number, from 1, never used again in its state folder.
     pub id: u64,
@@ -102,7 +103,7 @@ pub struct JobView {
 }
 
 /// How far a job is, in bytes of the disks it works on.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ProgressView {
     /// All there is to do; 0 while not known.
     pub total: u64,

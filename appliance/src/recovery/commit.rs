@@ -7,6 +7,7 @@ use std::time::Instant;
 use blockstore::{Consistency, PointDetails, Progress, RecoveryPoint};
 use chrono::Utc;
 use hypervisor::Machine;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::machine;
@@ -18,11 +19,11 @@ use crate::capture::{BackupResult, check_labels, consistency_word};
 use crate::disks;
 use crate::frozen::{self, Frozen};
 use crate::hardware::Hardware;
-use crate::problem::{Kind, Problem};
+use crate::problem::Problem;
 use crate::rehydrate::LiveDisk;
 
 /// How to commit a recovery.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CommitRequest {
     /// Kept with the point.
     #[serde(default)]
@@ -33,7 +34,7 @@ pub struct CommitRequest {
 }
 
 /// How consistent a commit has to be.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Wish {
     /// File systems frozen by the guest agent if it answers, else as after a power cut.
@@ -155,10 +156,10 @@ impl Recovery {
         };
         match (quiet, wish) {
             (Ok(quiet), _) => Ok((Some(quiet), None)),
-            (Err(why), Wish::Application) => Err(Problem::new(
-                Kind::Failed,
-                format!("the guest of recovery {} does not freeze its file systems: {why}", self.name()),
-            )
+            (Err(why), Wish::Application) => Err(Problem::refused(format!(
+                "the guest of recovery {} does not freeze its file systems: {why}",
+                self.name()
+            ))
             .hint("see to its guest agent, or commit it as after a power cut: --consistency crash")),
             (Err(why), _) => {
                 tracing::info!(recovery = %self.name(), why, "the guest does not hold still to be committed");

@@ -23,6 +23,7 @@ mod vm;
 mod watch;
 
 use hypervisor::Keep;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::admission::Ask;
@@ -44,7 +45,7 @@ pub use schedule::{CommitsView, Schedule, ScheduleRequest};
 pub use state::State;
 
 /// What to run a recovery point on: `qemu`, `libvirt:URI` or `none`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum HypervisorKind {
     /// A QEMU of our own.
@@ -56,7 +57,7 @@ pub enum HypervisorKind {
 }
 
 /// What to recover, and how.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RecoverRequest {
     /// The recovery point, as [`crate::catalog::spec`] takes it.
     pub point: String,
@@ -83,6 +84,7 @@ pub struct RecoverRequest {
     pub hardware: Hardware,
     /// Of a libvirt domain: whether its definition stays when it ends.
     #[serde(default)]
+    #[schemars(schema_with = "keeps")]
     pub keep: Keep,
     /// Of a libvirt domain: whether it is told from the original.
     #[serde(default)]
@@ -96,7 +98,7 @@ pub struct RecoverRequest {
 }
 
 /// Whether a recovered domain is told from the original.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Identity {
     /// It gets a new UUID, and its network cards new addresses.
@@ -123,7 +125,7 @@ impl RecoverRequest {
 }
 
 /// A recovery as the API shows it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RecoveryView {
     /// Its name.
     pub name: String,
@@ -174,18 +176,19 @@ pub struct RecoveryView {
 }
 
 /// A recovery's libvirt domain as the API shows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DomainView {
     /// Its name.
     pub name: String,
     /// Its UUID.
     pub uuid: String,
     /// `transient` or `persistent`.
+    #[schemars(schema_with = "keeps")]
     pub keep: Keep,
 }
 
 /// A rehydration as the API shows it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RehydrationView {
     /// `mirror` or `stream`.
     pub mode: Mode,
@@ -206,7 +209,7 @@ pub struct RehydrationView {
 }
 
 /// A recovery's disk as the API shows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskView {
     /// As given at backup.
     pub name: String,
@@ -232,7 +235,7 @@ pub struct DiskView {
 }
 
 /// Milliseconds since the recovery was asked for; absent while it has not happened.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Timings {
     /// Until the exports served.
     pub export_ms: Option<u64>,
@@ -245,4 +248,8 @@ pub struct Timings {
     /// How long the guest's disks were held by the cutover.
     #[serde(default)]
     pub cutover_pause_ms: Option<u64>,
+}
+
+fn keeps(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({ "enum": [Keep::Transient, Keep::Persistent, Keep::Production] })
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use hypervisor::{DiskSource, Keep, MachineDefinition};
 use nbd_server::{Endpoint, NbdUri};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::HypervisorKind;
@@ -22,7 +23,7 @@ const BEHIND: u32 = 50;
 const PAUSED: &str = "paused by its user";
 
 /// What can be told to a rehydration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// Copy nothing for now.

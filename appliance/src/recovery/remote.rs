@@ -8,6 +8,7 @@ use blockstore::lease::{self, Surroundings};
 use hypervisor::DiskSource;
 use hypervisor::libvirt::Domains;
 use nbd_server::{Listen, Server};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::one::{NBD_SOCKET, Recovery};
@@ -17,7 +18,7 @@ use crate::publish::{TlsRequest, secured};
 use crate::rehydrate::{Place, Plan};
 
 /// Where a recovery's disks are served to another host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ServeOn {
     /// `tcp:ADDRESS:PORT`, as the other host reaches this one; with port 0 one that is free is taken, and kept.
     pub listen: String,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::RecoverRequest;
@@ -25,7 +26,7 @@ const BREATH: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_secs(60);
 
 /// How often a recovery is committed, and how.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Schedule {
     /// Seconds from one commit to the next.
     pub every_seconds: u64,
@@ -38,7 +39,7 @@ pub struct Schedule {
 }
 
 /// What is to become of a recovery's schedule.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ScheduleRequest {
     /// The new one; none ends it.
     pub schedule: Option<Schedule>,
@@ -73,7 +74,7 @@ pub(super) struct Commits {
 }
 
 /// A commit that was made.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub(super) struct Committed {
     /// The recovery point.
     pub(super) point: String,
@@ -86,7 +87,7 @@ pub(super) struct Committed {
 }
 
 /// A recovery's commits as the API shows them.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CommitsView {
     /// Seconds from one to the next, if there is a schedule.
     pub every_seconds: Option<u64>,

@@ -29,10 +29,11 @@
 //! The driver journals the new state before it performs the actions, and every action may run twice. Only of
 //! cutting-over and cut-over the order is the other way round: see docs/design/rehydration.md.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Where a recovery stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Overlays and exports are being made, then the VM is started.

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::target::Place;
@@ -9,7 +10,7 @@ use crate::catalog::DiskSummary;
 use crate::problem::Problem;
 
 /// Who copies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Lifeboat, for any NBD client.
@@ -29,7 +30,7 @@ impl Mode {
 }
 
 /// A target as it was given.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Target {
     /// The disk, if it was named.
     pub disk: Option<String>,
@@ -38,7 +39,7 @@ pub struct Target {
 }
 
 /// Where to rehydrate to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RehydrateRequest {
     /// One for each disk.
     pub targets: Vec<Target>,
@@ -57,7 +58,7 @@ pub struct RehydrateRequest {
 }
 
 /// A disk and its place.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedDisk {
     /// The disk's name.
     pub disk: String,
@@ -68,7 +69,7 @@ pub struct PlannedDisk {
 }
 
 /// A rehydration as it is journalled.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
     /// Who copies.
     pub mode: Mode,

@@ -11,6 +11,7 @@ use nbd_server::export::ZeroMode;
 use nbd_server::{BlockingClient, ClientOptions, NbdUri};
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::Errno;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::qcow2::Qcow2Readback;
@@ -22,7 +23,7 @@ const ZERO_STEP: usize = 1 << 20;
 const BLOCK_MODE: u32 = 0o600;
 
 /// A place on production storage.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Place {
     /// A raw file or a block device, by its absolute path.

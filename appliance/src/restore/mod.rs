@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use blockstore::{Base, PointDisk, Progress, Repository, RestoreError, ZeroPolicy};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::plan::{FORMATS, Plan, parse_target, plan};
@@ -18,7 +19,7 @@ use crate::exports::{ImageTarget, WrittenDisk};
 use crate::problem::{Kind, Problem};
 
 /// A target as it was given.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Target {
     /// The disk, if it was named.
     pub disk: Option<String>,
@@ -27,7 +28,7 @@ pub struct Target {
 }
 
 /// What to restore to.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RestoreRequest {
     /// Where to.
     pub targets: Vec<Target>,
@@ -46,7 +47,7 @@ pub struct RestoreRequest {
 }
 
 /// What a restore begins with.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Start {
     /// A new file.
@@ -59,7 +60,7 @@ pub enum Start {
 }
 
 /// What a restore did.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RestoreResult {
     /// The recovery point.
     pub point: String,
@@ -70,7 +71,7 @@ pub struct RestoreResult {
 }
 
 /// A restored disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RestoredDisk {
     /// Its name.
     pub name: String,

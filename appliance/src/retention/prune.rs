@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use chrono::{DateTime, Local, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Candidate, Decision, Filter, Reason, Rules, decide};
@@ -13,7 +14,7 @@ use crate::forget::{self, Uses};
 use crate::problem::Problem;
 
 /// What to prune.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PruneRequest {
     /// What is to be kept.
@@ -29,7 +30,7 @@ pub struct PruneRequest {
 }
 
 /// What became, or would become, of a point.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fate {
     /// It stays.
@@ -43,7 +44,7 @@ pub enum Fate {
 }
 
 /// A decision as it is told.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Told {
     /// The point.
     pub id: String,
@@ -62,7 +63,7 @@ pub struct Told {
 }
 
 /// What a prune did, or would do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PruneResult {
     /// Whether nothing was done.
     pub dry_run: bool,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::problem::Problem;
@@ -10,7 +11,7 @@ use crate::problem::Problem;
 const COUNT_MAX: u64 = 1_000_000;
 
 /// How many points are kept, and of which kinds. A point that any rule keeps stays.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rules {
     /// The newest points.
@@ -54,7 +55,7 @@ impl Rules {
 }
 
 /// A length of time by the calendar, in the units it was given in: `1y6m`, `2w`, `14d`, `36h`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Span {
     /// Years.

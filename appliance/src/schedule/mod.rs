@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chrono::{DateTime, Utc};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
@@ -29,7 +30,7 @@ use self::record::Kept;
 use crate::problem::Problem;
 
 /// How a run, or a part of it, ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunResult {
     /// It is at work.
@@ -43,7 +44,7 @@ pub enum RunResult {
 }
 
 /// A part of a run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Step {
     /// `find`, `backup`, `prune`, `drill`, `verify` or `collect`.
     pub what: String,
@@ -61,7 +62,7 @@ pub struct Step {
 }
 
 /// A run of a policy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Run {
     /// The time it was due; absent if somebody asked for it.
     pub due: Option<DateTime<Utc>>,
@@ -76,7 +77,7 @@ pub struct Run {
 }
 
 /// A policy as the API shows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ScheduleView {
     /// The policy.
     pub name: String,
