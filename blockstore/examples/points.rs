@@ -47,9 +47,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     let root = PathBuf::from(arguments.next().ok_or("which folder?")?);
     let machines: u64 = arguments.next().ok_or("how many machines?")?.parse()?;
     let points: u64 = arguments.next().ok_or("how many points?")?.parse()?;
-    std::fs::create_dir(&root)?;
-    let repository = Repository::init(Arc::new(LocalStorage::at(&root)), 64 << 10, Protection::None)?;
-    let next = AtomicU64::new(0);
+    let storage = Arc::new(LocalStorage::at(&root));
+    // One that was cut off is gone on with.
+    let repository = match root.join("repository").exists() {
+        true => Repository::open(storage, None, 0)?,
+        false => {
+            std::fs::create_dir_all(&root)?;
+            Repository::init(storage, 64 << 10, Protection::None)?
+        }
+    };
+    let next = AtomicU64::new(repository.list_points()?.len() as u64);
     let work = || -> Result<(), String> {
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);

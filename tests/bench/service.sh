@@ -1,25 +1,21 @@
-# The service over many recovery points: 100,000 of 500 machines (BENCH_POINTS, BENCH_MACHINES), and a policy for each
-# machine. How long lists, plans and the scheduler take, and how it stands 200 clients at once. Sourced by bench.sh.
+# The service over many recovery points: 100,000 of 500 machines (BENCH_POINTS, BENCH_MACHINES; BENCH_MANY names a
+# repository of that kind that is there already), and a policy for each machine. How long lists, plans and the scheduler
+# take, and how it stands 200 clients at once. Sourced by bench.sh.
 
 POINTS=${BENCH_POINTS:-100000}
 MACHINES=${BENCH_MACHINES:-500}
 CLIENTS=200
 
 measure_service() {
-    local target made repo state token pid n address
-    target=${CARGO_TARGET_DIR:-$here/../target}
+    local made repo state=$place/many-state token pid n address
     have curl || { skip 'service: curl is missing'; return 0; }
-    (cd "$here/.." && cargo build --quiet --release --package blockstore --example points) || { skip 'service: it does not build'; return 0; }
-    # Every point is synced: in memory that takes minutes, elsewhere hours.
-    made=$(mktemp -d /dev/shm/lb-bench.XXXXXX) repo=$place/many state=$place/many-state
-    say "service: making $POINTS points of $MACHINES machines"
-    if ! "$target/release/examples/points" "$made/repo" "$MACHINES" "$POINTS" 2>/dev/null; then
+    made=$(mktemp -d /dev/shm/lb-bench.XXXXXX)
+    repo=${BENCH_MANY:-$made/repo}
+    if ! make_many "$repo"; then
         rm -rf "$made"
         skip 'service: its repository could not be made'
         return 0
     fi
-    cp -r "$made/repo" "$repo"
-    rm -rf "$made"
     {
         printf '[listen]\naddress = "127.0.0.1:0"\ninsecure-http = true\n'
         for ((n = 0; n < MACHINES; n++)); do
@@ -29,7 +25,7 @@ measure_service() {
     } >"$place/many.toml"
     local begun
     begun=$(now)
-    "$lifeboat" --repo "$repo" --state "$state" serve --config "$place/many.toml" >"$place/many.url" 2>"$place/many.log" &
+    env -u LIFEBOAT_PASSPHRASE "$lifeboat" --repo "$repo" --state "$state" serve --config "$place/many.toml" >"$place/many.url" 2>"$place/many.log" &
     pid=$!
     started+=("$pid")
     until address=$(sed -n 1p "$place/many.url") && [ -n "$address" ]; do
@@ -41,6 +37,7 @@ measure_service() {
     # The first list of all reads every point.
     first=$(ask "$socket" "/api/v1/points?limit=1")
     result service.first "$(calculate "$first + $(since "$begun")")"
+    sleep 3 # what was changed just now may be changed once more without a trace, so it is looked at again each time
     for ((n = 0; n < rounds + 4; n++)); do
         result service.machine "$(millis "$(ask "$socket" '/api/v1/points?machine=vm-250')")"
         result service.page "$(millis "$(ask "$socket" '/api/v1/points?limit=1000')")"
@@ -52,23 +49,32 @@ measure_service() {
     # After a change the names of all points are looked at again.
     head -c 65536 /dev/zero | tr '\0' x >"$place/small.raw"
     for ((n = 0; n < rounds; n++)); do
-        "$lifeboat" --repo "$repo" --state "$state" backup one "$place/small.raw" >/dev/null
+        env -u LIFEBOAT_PASSPHRASE "$lifeboat" --repo "$repo" --state "$state" backup one "$place/small.raw" >/dev/null
         result service.changed "$(millis "$(ask "$socket" '/api/v1/points?machine=one')")"
     done
-    sleep 3 # no longer than that a change may hide another
-    token=$("$lifeboat" --repo "$repo" --state "$state" token create bench --role viewer)
+    sleep 3
+    token=$(env -u LIFEBOAT_PASSPHRASE "$lifeboat" --repo "$repo" --state "$state" token create bench --role viewer 2>/dev/null)
     local config=$place/many.curl begin
     for ((n = 0; n < CLIENTS * 10; n++)); do
         printf 'url = "%s/api/v1/points?machine=vm-%03d"\noutput = "/dev/null"\n' "$address" $((n % MACHINES))
     done >"$config"
     begin=$(now)
-    curl --silent --parallel --parallel-immediate --parallel-max "$CLIENTS" --header "Authorization: Bearer $token" \
+    curl --no-progress-meter --parallel --parallel-immediate --parallel-max "$CLIENTS" --header "Authorization: Bearer $token" \
         --write-out '%{http_code} %{time_total}\n' --config "$config" >"$place/many.codes" || true
     result service.clients "$(calculate "$CLIENTS * 10 / $(since "$begin")")"
     result service.refused "$(calculate "$CLIENTS * 10 - $(grep -c '^200 ' "$place/many.codes")" '%d')"
     result service.slowest "$(millis "$(awk '{ print $2 }' "$place/many.codes" | sort -n | sed -n "$((CLIENTS * 99 / 10))p")")"
     stop "$pid"
-    rm -rf "$repo" "$state"
+    rm -rf "$made" "$state"
+}
+
+# A repository of many points. Each is synced: in memory that takes minutes, elsewhere hours, so it lies there.
+make_many() {
+    local target=${CARGO_TARGET_DIR:-$here/../target}
+    if [ -n "${BENCH_MANY:-}" ]; then return; fi
+    (cd "$here/.." && cargo build --quiet --release --package blockstore --example points) || return 1
+    say "service: making $POINTS points of $MACHINES machines"
+    "$target/release/examples/points" "$1" "$MACHINES" "$POINTS" 2>/dev/null
 }
 
 # Asks the service, and prints how many seconds that took.
