@@ -19,7 +19,7 @@ use crate::problem::Problem;
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
         Row::get("/api/v1/drills", VIEWER, Reach::Judged, list)
-            .answers::<Vec<DrillReport>>("Lists drills, oldest first"),
+            .answers::<Vec<DrillReport>>("Lists drills, newest first"),
         Row::post("/api/v1/drills", OPERATOR, Reach::Judged, start)
             .begins::<Vec<DrillReport>>("Boots recovery points in isolation and judges them"),
         Row::get("/api/v1/drills/{id}", VIEWER, Reach::Judged, show).answers::<DrillReport>("Shows a drill"),
