@@ -3,10 +3,10 @@
 
 use axum::Extension;
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::StatusCode;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
-use super::extract::{Body, Path, Query};
+use super::extract::{Body, LAST_EVENT, LastEvent, Path, Query};
 use crate::access::Caller;
 use crate::jobs::JobView;
 
@@ -37,6 +37,8 @@ pub enum Part {
     Path(Describe),
     /// An object whose properties are the parameters behind the path.
     Query(Describe),
+    /// A header that may be there: its name, and what it says.
+    Header(&'static str, &'static str),
     /// The body, in JSON.
     Body(Describe),
 }
@@ -51,9 +53,8 @@ impl<S> Argument for State<S> {
     const PART: Part = Part::Nothing;
 }
 
-/// Headers that HTTP itself knows.
-impl Argument for HeaderMap {
-    const PART: Part = Part::Nothing;
+impl Argument for LastEvent {
+    const PART: Part = Part::Header(LAST_EVENT, "The id of the last event that came, to be told of what was missed.");
 }
 
 impl Argument for Caller {

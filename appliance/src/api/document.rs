@@ -67,6 +67,9 @@ fn operation<S>(row: &Row<S>, schemas: &mut Schemas) -> Value {
                 );
             }
             Part::Query(describe) => parameters.extend(queries(&schemas.taken(*describe))),
+            Part::Header(name, about) => parameters.push(json!({
+                "name": name, "in": "header", "required": false, "description": about, "schema": { "type": "string" },
+            })),
             Part::Body(describe) => {
                 let content = json!({ "application/json": { "schema": schemas.taken(*describe) } });
                 operation["requestBody"] = json!({ "required": true, "content": content });

@@ -1,5 +1,6 @@
 //! Requests taken apart. What cannot be read is a problem document like any other.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use axum::Json;
@@ -57,5 +58,20 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
             Ok(axum::extract::Query(value)) => Ok(Query(value)),
             Err(error) => Err(bad(&error.body_text(), error.status())),
         }
+    }
+}
+
+/// The header that says where a listener of events was when its connection broke.
+pub const LAST_EVENT: &str = "Last-Event-ID";
+
+/// What that header says; empty if that is no text.
+pub struct LastEvent(pub Option<String>);
+
+impl<S: Send + Sync> FromRequestParts<S> for LastEvent {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        let last = parts.headers.get(LAST_EVENT);
+        Ok(LastEvent(last.map(|id| id.to_str().unwrap_or_default().to_owned())))
     }
 }

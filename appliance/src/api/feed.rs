@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
@@ -17,15 +16,13 @@ use tokio::sync::watch;
 
 use super::Shared;
 use super::contract::EVENTS;
+use super::extract::LastEvent;
 use super::table::{Reach, Row, VIEWER};
 use crate::access::Caller;
 use crate::app::App;
-use crate::events::{Events, Following, Happened, Topic};
+use crate::events::{Following, Happened, Topic};
 use crate::jobs::Outcome;
 use crate::signals;
-
-/// Where a listener was when the connection broke.
-const LAST: &str = "last-event-id";
 
 pub(super) fn rows() -> Vec<Row<Arc<App>>> {
     vec![
@@ -97,14 +94,9 @@ impl Listener {
     }
 }
 
-fn number(events: &Events, headers: &HeaderMap) -> Option<Option<u64>> {
-    let last = headers.get(LAST)?;
-    Some(last.to_str().ok().and_then(|id| events.number(id)))
-}
-
-async fn follow(State(app): Shared, caller: Caller, headers: HeaderMap) -> Response {
+async fn follow(State(app): Shared, caller: Caller, LastEvent(last): LastEvent) -> Response {
     let newest = app.events.watch();
-    let last = number(&app.events, &headers);
+    let last = last.map(|id| app.events.number(&id));
     let mut listener = Listener { app, caller, told: 0, newest, waiting: VecDeque::new() };
     match last {
         None => listener.begin(Jobs::Running),

@@ -2,7 +2,7 @@
 //!
 //! A key belongs to the caller, the method and the path it came with. The first request with it is carried out, to its end
 //! even when its asker goes away; a later one gets the same answer, and one that comes while the first is carried out, or
-//! with another body, is refused. The newest 1,000 keys are known, through restarts too: [`record`] says what is kept.
+//! with another body, is refused. The newest 1,000 keys are known, through restarts too: `record.rs` says what is kept.
 
 mod record;
 
