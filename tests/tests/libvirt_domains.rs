@@ -116,7 +116,7 @@ fn a_guest_with_an_agent_is_frozen_through_libvirt_for_the_instant_of_a_commit()
     let auto = sandbox.json(&["commit", "vm"]);
     assert_eq!(auto["consistency"], "crash", "{auto}");
     assert!(auto["why_crash"].as_str().unwrap().contains("libvirt"), "{auto}");
-    let refused = sandbox.fails(1, &["commit", "vm", "--consistency", "application"]);
+    let refused = sandbox.fails(5, &["commit", "vm", "--consistency", "application"]);
     assert!(refused.contains("libvirt"), "{refused}");
     assert!(!mark.exists());
     console.count_on(3);
