@@ -225,6 +225,15 @@ impl Sandbox {
     pub fn kill_owner(&self) {
         kill(self.owner().unwrap_or_else(|| panic!("nobody owns the state folder")));
     }
+
+    /// Waits until a recovery has a problem that says so. After a kill it is known from before, or, if it was not noted
+    /// by then, found anew.
+    #[track_caller]
+    pub fn wait_for_problem(&self, recovery: &str, says: &str) {
+        wait_until(&format!("recovery {recovery} says `{says}`"), || {
+            self.json(&["recovery", recovery])["problem"].as_str().is_some_and(|problem| problem.contains(says))
+        });
+    }
 }
 
 /// Whether this process is root's.

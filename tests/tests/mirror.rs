@@ -245,8 +245,7 @@ fn failing_targets_a_dead_qemu_and_second_thoughts_cost_the_guest_nothing() {
     qemu.write(0, 7, MIB, 4096);
     disk[MIB..MIB + 4096].fill(7);
     sandbox.kill_owner();
-    let view = recovery(&sandbox);
-    assert!(view["problem"].as_str().unwrap().contains("Input/output error"), "the restart forgot why: {view}");
+    sandbox.wait_for_problem("vm", "Input/output error");
     fs::remove_file(sandbox.path("trigger")).unwrap();
     sandbox.ok(&["rehydrate", "vm", "--resume"]);
     assert_eq!(state(&sandbox), "ready-for-cutover");
@@ -285,9 +284,7 @@ fn a_full_target_and_a_qemu_that_dies_in_the_middle_hold_the_mirror_and_lose_not
     qemu.write(0, 7, MIB, 4096);
     disk[MIB..MIB + 4096].fill(7);
     sandbox.kill_owner();
-    // Noted before the kill or not: then it tries again, and finds it full again.
-    let is_full = |view: &Value| view["problem"].as_str().is_some_and(|problem| problem.contains("No space left"));
-    wait_until("the restart says why", || is_full(&recovery(&sandbox)));
+    sandbox.wait_for_problem("vm", "No space left");
     // With room it goes on where it was, and QEMU dies when half of it is copied.
     small.resize("32m");
     sandbox.ok(&["rehydrate", "vm", "--resume", "--detach"]);

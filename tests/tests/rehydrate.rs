@@ -153,8 +153,7 @@ fn a_target_that_is_full_holds_the_move_and_lets_it_go_on() {
     client.write(4096, &[7; 4096]).unwrap();
     client.flush().unwrap();
     sandbox.kill_owner();
-    let view = sandbox.json(&["recovery", "vm"]);
-    assert!(view["problem"].as_str().unwrap().contains("No space left"), "the restart forgot why: {view}");
+    sandbox.wait_for_problem("vm", "No space left");
     small.resize("32m");
     sandbox.ok(&["rehydrate", "vm", "--resume"]);
     sandbox.ok(&["cutover", "vm"]);

@@ -105,9 +105,14 @@ fn machines_and_labels_choose_and_the_newest_of_each_machine_stays() {
     ids.push(back_up(&sandbox, "web01", &["--label", "n=0"]));
     ids.extend(["a", "b"].map(|kind| back_up(&sandbox, "db", &["--label", &format!("kind={kind}")])));
     let dry = |more: &[&str]| sandbox.json(&[&["prune", "--dry-run"], more].concat());
+    let told = |result: &Value| result["points"].as_array().unwrap().len();
     let forgotten = |result: &Value| -> Vec<usize> {
-        (0..ids.len()).filter(|number| fate(result, &ids[*number]).0 == "forget").collect()
+        let points = result["points"].as_array().unwrap();
+        let forgets = |id: &String| points.iter().any(|point| point["id"] == *id && point["fate"] == "forget");
+        (0..ids.len()).filter(|number| forgets(&ids[*number])).collect()
     };
+    assert_eq!(told(&dry(&["--keep-last", "1"])), 5);
+    assert_eq!(told(&dry(&["--keep-last", "1", "--machine", "db"])), 2, "nothing is said of other machines");
     assert_eq!(forgotten(&dry(&["--keep-last", "1"])), [0, 1, 3]);
     assert_eq!(forgotten(&dry(&["--keep-last", "1", "--machine", "db"])), [3]);
     assert_eq!(forgotten(&dry(&["--keep-last", "1", "--label", "n=1"])), [] as [usize; 0]);
